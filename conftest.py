@@ -1,0 +1,48 @@
+"""Every notebook is a test, run under the rules of nbdev_test.
+
+    pytest nbs/02_noise.ipynb          # one notebook
+    pytest --nb-flags "slow cuda"      # also the cells that are skipped otherwise
+"""
+import contextlib, io, os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "agg")
+ROOT = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--nb-flags", default="", help="run the notebook cells with these flags too, e.g. 'slow cuda'")
+
+
+def pytest_collect_file(file_path, parent):
+    hidden = any(part[0] in "._" for part in file_path.relative_to(ROOT).parts)
+    if file_path.suffix == ".ipynb" and not hidden and not (file_path.parent / ".notest").exists():
+        return NotebookFile.from_parent(parent, path=file_path)
+
+
+class NotebookFile(pytest.File):
+    "A notebook: one test."
+    def collect(self): yield NotebookTest.from_parent(self, name="notebook")
+
+
+class NotebookTest(pytest.Item):
+    "All cells of a notebook in order, without those whose flag is in `tst_flags`."
+    def runtest(self):
+        from nbdev.config import get_config
+        from nbdev.test import test_nb as run_notebook
+        skip, force = get_config(path=ROOT).tst_flags.split(), self.config.getoption("--nb-flags").split()
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            passed, seconds = run_notebook(self.path, skip_flags=skip, force_flags=force, basepath=ROOT)
+        if not passed: raise NotebookFailed(errors.getvalue())
+        if seconds == 0: pytest.skip("skip_exec: true")
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value) if excinfo.errisinstance(NotebookFailed) else super().repr_failure(excinfo)
+
+    def reportinfo(self): return self.path, None, str(self.path.relative_to(ROOT))
+
+
+class NotebookFailed(Exception):
+    "A cell raised; the message is nbdev's traceback with the number of the cell."
