@@ -43,7 +43,7 @@ def check_option(
     want = f"a pair (a, b), {low:g} <= a <= b <= {high:g}" if pair else f"a number from {low:g} to {high:g}"
     try: ok = low <= value[0] <= value[1] <= high and len(value) == 2 if pair else low <= value <= high
     except (TypeError, IndexError, KeyError): ok = False
-    if not ok: raise ValueError(f"{name}={value!r}; expected {want}; change it or leave it out for the default")
+    if not ok: raise ValueError(f"{name}={value!r}; expected {want}; leave it out for the default")
     return value
 
 # %% ../nbs/02a_drawing.ipynb #draw-blocks
@@ -215,7 +215,7 @@ def strokes(
         scale = ((high - low) / room / 2).amax(1).clamp(min=0.1) / uniform(generator, b, low=0.4, high=0.9)
         size = (high - low) / scale[:, None]
         centre = (room - size / 2).clamp(min=0) * uniform(generator, b, 2, low=-0.8, high=0.8)
-        points = (points - (low + high)[:, None, None] / 2) / scale[:, None, None, None] + centre[:, None, None]
+        points = (points - (low + high)[:, None, None] / 2) / scale.view(-1, 1, 1, 1) + centre[:, None, None]
         pen = uniform(generator, b, 1, 1, low=width[0], high=width[1], log=True)
         pen = pen * uniform(generator, b, most, 1, low=0.8, high=1.2)
         press = torch.sin(torch.linspace(0, 5, m) + uniform(generator, b, most, 1, high=6.3))
@@ -280,7 +280,14 @@ def sd_star(x: Tensor, y: Tensor, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return ((u - b / 2) * ey - v * ex) / torch.hypot(ex, ey)
 
 
-SHAPES = dict(ellipse=sd_ellipse, box=sd_box, polygon=sd_polygon, star=sd_star, ring=sd_ring, capsule=sd_capsule)
+SHAPES = dict(
+    ellipse=sd_ellipse,
+    box=sd_box,
+    polygon=sd_polygon,
+    star=sd_star,
+    ring=sd_ring,
+    capsule=sd_capsule,
+)
 
 # %% ../nbs/02a_drawing.ipynb #draw-place
 def offset(
@@ -427,7 +434,8 @@ def landscape(
     zenith, haze, sand, soil = planes(*colours(generator, 4, b, channels))
     sky = haze + (zenith - haze) * (far / 1.5).clamp(max=1)[:, None]
     depth = 1 / (far + 0.12)
-    grain = ripple(2 * x * depth, 2 * depth + 0 * x, generator, (1, 5)) * uniform(generator, b, 1, 1, high=texture)
+    grain = ripple(2 * x * depth, 2 * depth + 0 * x, generator, (1, 5))
+    grain = grain * uniform(generator, b, 1, 1, high=texture)
     ground = (sand + (soil - sand) * (far / 1.5).clamp(max=1)[:, None]) * (1 + grain)[:, None]
     under = cover(-below, y[1, 0] - y[0, 0]) + 0 * x
     return over(sky.expand(-1, -1, -1, x.shape[1]).clone(), under, ground), horizon, under
@@ -463,12 +471,14 @@ def scenes(
             stretch = (light[0] / light[1]).clamp(-2, 2)
             dark = 1 - ((u - stretch * r) / (r * (1.2 + stretch.abs()))) ** 2 - (v / (0.45 * r)) ** 2
             over(picture, dark.clamp(0, 1) * shadow * here * ground, torch.zeros(b, c))
-            angle, tall = uniform(generator, b, 1, 1, high=math.pi / 2), uniform(generator, b, 1, 1, low=0.5, high=2)
+            angle = uniform(generator, b, 1, 1, high=math.pi / 2)
+            tall = uniform(generator, b, 1, 1, low=0.5, high=2)
             alpha, lit = by_kind(torch.randint(2, (b,), generator=generator), [
                 lambda i: torch.stack(ball(u[i], v[i], r[i], light[:, i], pixel), 1),
                 lambda i: torch.stack(block(u[i], v[i], r[i], light[:, i], pixel, angle[i], tall[i]), 1),
             ]).unbind(1)
-            lit = lit * (1 + uniform(generator, b, 1, 1, high=texture) * ripple(u / r, v / r, generator, (1.5, 8)))
+            rough = uniform(generator, b, 1, 1, high=texture)
+            lit = lit * (1 + rough * ripple(u / r, v / r, generator, (1.5, 8)))
             over(picture, alpha * here, colours(generator, b, c, low=0.3)[..., None, None] * lit[:, None])
         return picture
 

@@ -150,8 +150,8 @@ RECIPES = dict(  # epochs, batch size, peak rate, views; `half` is the student t
     digits=dict(arch="lenet5", half="lenet5_half", epochs=40, batch_size=64, lr=3e-3, views="affine"),
     mnist=dict(arch="lenet5", half="lenet5_half", epochs=20, batch_size=128, lr=3e-3, views="affine"),
     fmnist=dict(arch="lenet5", half="lenet5_half", epochs=40, batch_size=128, lr=3e-3, views="flip"),
-    cifar10=dict(arch="alexnet", half="alexnet_half", epochs=30, batch_size=128, lr=2e-3, views="crop+flip", weight_decay=5e-3, bfloat16=True),
-    cifar100=dict(arch="wrn40_2", half="wrn16_2", epochs=60, batch_size=128, lr=4e-3, views="crop+flip", weight_decay=5e-3, bfloat16=True),
+    cifar10=dict(arch="alexnet", half="alexnet_half", epochs=16, batch_size=128, lr=2e-3, views="crop+flip", weight_decay=1e-2, bfloat16=True),
+    cifar100=dict(arch="wrn40_2", half="wrn16_2", epochs=60, batch_size=128, lr=4e-3, views="crop+flip", weight_decay=1e-2, bfloat16=True),
 )
 
 

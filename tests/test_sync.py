@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "kd_arbitrary"
 NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if path.parent.name[0] != "."]
-ROOMS = [path.stem.split("_", 1)[1] for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+ROOMS = [path.stem.split("_", 1)[1] for path in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
 
 
 @pytest.fixture
