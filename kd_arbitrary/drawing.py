@@ -184,11 +184,11 @@ def ink(
     x, y, pixel = grid(shape)
     s = 0.8 * radius
     weight = F.pad((points[:, 1:] - points[:, :-1]).norm(dim=-1), (1, 0)) / s / math.sqrt(math.pi)
-    weight[:, ::weight.shape[1] - 1] += 0.5  # where the pen goes down and up
-    across = torch.exp(-(((x - points[..., :1]) / s[..., None]) ** 2)) * weight[..., None]
-    down = torch.exp(-(((y.T - points[..., 1:]) / s[..., None]) ** 2))
-    distance = 0.8 * (down.transpose(1, 2) @ across).clamp_(1e-30, 1).log_().neg_().sqrt_()  # in pen radii
-    return cover((distance - 1) * planes(radius.mean(1))[0], pixel)
+    weight[:, :: weight.shape[1] - 1] += 0.5  # where the pen goes down and up
+    drop = lambda d: (d / s[..., None]).square_().neg_().exp_()
+    across, down = drop(x - points[..., :1]).mul_(weight[..., None]), drop(y.T - points[..., 1:])
+    distance = (down.transpose(1, 2) @ across).clamp_(1e-30, 1).log_().neg_().sqrt_().mul_(0.8)  # in pen radii
+    return cover(distance.sub_(1).mul_(planes(radius.mean(1))[0]), pixel)
 
 # %% ../nbs/02a_drawing.ipynb #draw-strokes
 def strokes(

@@ -275,7 +275,8 @@ def is_number(
     "Numbers by Unicode category, by decomposition, or by name."
     parts = unicodedata.normalize("NFKD", char) + char
     words = unicodedata.name(char, "").replace("-", " ").split()
-    return any(unicodedata.category(p)[0] == "N" for p in parts) or not NUMBERS.isdisjoint(words)
+    named = any(w in NUMBERS or w.isdigit() for w in words)
+    return named or any(unicodedata.category(p)[0] == "N" for p in parts)
 
 
 def charset(
@@ -307,22 +308,23 @@ def distance_transform(
 # %% ../nbs/03_synthetic.ipynb #synth-atlas
 @lru_cache(maxsize=4)
 def glyph_atlas(
-    digits: bool = False,  # add the digits 0 to 9
-    exclude: str = "",  # characters to leave out
+    digits: bool,  # add the digits 0 to 9
+    exclude: str,  # characters to leave out
 ) -> tuple[Tensor, str]:  # [G, 40, 40] signed distance in cells of half width 1; the G characters
     "Every different glyph of the fonts as a distance field."
-    side, masks, chars = 40, {}, charset(digits, exclude)
+    side, masks, chars = 40, {}, "0123456789" + charset(False, exclude)
     for path in (Path(get_data_path()) / "fonts" / "ttf" / name for name in FONTS):
         known, font = FT2Font(str(path)).get_charmap(), ImageFont.truetype(str(path), 30)
         for char in chars:
             if ord(char) not in known: continue
             ink, _ = font.getmask2(char, mode="L")
             (w, h), cell = ink.size, torch.zeros(side, side, dtype=torch.uint8)
-            if max(w, h) < 10 or max(w, h) > side - 4: continue
+            if max(w, h) < 12 or max(w, h) > side - 4: continue
             top, left = (side - h) // 2, (side - w) // 2
             cell[top : top + h, left : left + w] = torch.tensor(list(ink), dtype=torch.uint8).view(h, w)
             mask = cell > 96
             if mask.sum() >= 12: masks.setdefault(mask.numpy().tobytes(), char)
+    masks = {mask: c for mask, c in masks.items() if not c.isdigit() or digits and c not in exclude}
     if not masks: raise ValueError(f"exclude={exclude!r} leaves no glyph; exclude fewer characters")
     cells = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(-1, side, side).bool()
     distance = torch.cat([distance_transform(part) for part in cells.split(128)])
