@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'LABELS', 'distill_app', 'Root', 'Device', 'Quiet', 'Debug', 'Version', 'experiment_app', 'Name',
-           'Only', 'Results', 'RESULTS', 'exit_with', 'comparison', 'default_out', 'compare', 'table', 'kd_distill',
-           'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table', 'grid_table', 'distill_main',
-           'experiment_main']
+           'Only', 'Results', 'RESULTS', 'exit_with', 'settings', 'comparison', 'default_out', 'compare', 'table',
+           'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table', 'grid_table',
+           'distill_main', 'experiment_main']
 
 # %% ../nbs/15_cli.ipynb #cli-imports
 import io
@@ -71,8 +71,25 @@ def _device(
     except (RuntimeError, AssertionError) as e: raise ValueError(f"cannot use the device {name!r}; expected auto, cpu or cuda ({str(e).splitlines()[0]})") from None
 
 # %% ../nbs/15_cli.ipynb #cli-rows
-JOBS = {"digits": dict(n=20_000, epochs=10)}  # sized for two minutes on two cores
-JOB = dict(n=60_000, epochs=20)  # all other targets
+JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128, lr=0.01)}  # two minutes on two cores; chosen by held-out agreement
+JOB = dict(n=60_000, epochs=20, batch_size=256, lr=2e-3)  # all other targets
+
+
+def settings(
+    target: str,  # name of a target
+    source: str,  # as in `Run`
+) -> dict:  # n, epochs, batch_size, lr
+    "What is meant where nothing is said."
+    job = JOBS.get(target, JOB)
+    return job | dict(n=None, epochs=_as_long(job["epochs"] * job["n"], target)) if source in GIVEN and target in SIZES else job
+
+
+def _as_long(
+    images: int,  # seen in all epochs together
+    target: str,  # name
+) -> int:
+    "In how many epochs the target's own images are seen as often."
+    return max(1, round(images / SIZES[target][0]))
 
 
 def comparison(
@@ -80,8 +97,8 @@ def comparison(
 ) -> dict[str, Run]:  # folder name to run
     "The runs that stand in one table: as drawn, balanced, and with the original data."
     if run.source in GIVEN: return {run.source: run}
-    plain, size = replace(run, balance="none"), SIZES[run.target][0]
-    bound = replace(plain, source="original", n=None, epochs=max(1, round(run.epochs * run.n / size)))
+    plain = replace(run, balance="none")
+    bound = replace(plain, source="original", n=None, epochs=_as_long(run.epochs * run.n, run.target))
     return dict(unbalanced=plain) | (dict(balanced=run) if run.balance != "none" else {}) | dict(original=bound)
 
 
@@ -175,20 +192,20 @@ def _option(text: str, **kwargs): return typer.Option(help=text, **kwargs)
 def _recipe(text: str): return _option(f"{text} [default: the target's recipe].", show_default=False)
 
 
-@distill_app.command()
+@distill_app.command("kd_distill")
 def kd_distill(
     target: Annotated[str, _option(f"What the teacher knows: {', '.join(SIZES)}.")] = "digits",
     source: Annotated[str, _option("Where images come from: a source, a mixture of sources, or one of: " + ", ".join(GIVEN) + ".")] = MIXTURE,
     balance: Annotated[str, _option(f"How classes are made equally frequent: {', '.join(STRATEGIES)}.")] = "fill",
-    n: Annotated[int | None, _option("Images in the transfer set [default: 20000 for digits, else 60000; all for original and labels].", show_default=False)] = None,
-    epochs: Annotated[int | None, _option("Passes over the set [default: 10 for digits, else 20].", show_default=False)] = None,
+    n: Annotated[int | None, _option("Images in the transfer set [default: 20000 for digits, else 60000; all there are for original and labels].", show_default=False)] = None,
+    epochs: Annotated[int | None, _option("Passes over the set [default: 10 for digits, else 20; as many steps with the target's own images].", show_default=False)] = None,
     views: Annotated[str, _option(f"What happens to images in the loop: names joined by +, of {', '.join(VIEWS)}; or none.")] = "affine+mixup",
     relabel: Annotated[bool | None, _option("Ask the teacher about every view, or use cached scores [default: relabel].", show_default=False)] = None,
     cached_views: Annotated[int, _option("Views per image where they are not re-labelled.")] = 4,
     loss: Annotated[str, _option(f"What is compared: {', '.join(LOSSES)}.")] = "kl",
     temperature: Annotated[float, _option("Of the KL loss, above 0.")] = 8.0,
-    batch_size: Annotated[int, _option("Images per step.")] = 256,
-    lr: Annotated[float, _option("Peak learning rate.")] = 2e-3,
+    batch_size: Annotated[int | None, _option("Images per step [default: 128 for digits, else 256].", show_default=False)] = None,
+    lr: Annotated[float | None, _option("Peak learning rate [default: 0.01 for digits, else 0.002].", show_default=False)] = None,
     teacher: Annotated[str | None, _recipe("Network: " + ", ".join(MODELS))] = None,
     teacher_bn: Annotated[str, _option("The teacher's batch-norm statistics: running, batch.")] = "running",
     student: Annotated[str | None, _recipe("Network, as for --teacher")] = None,
@@ -209,10 +226,9 @@ def kd_distill(
     balanced set of them, and one with the target's own images as the upper bound. The same command again continues an unfinished run.
     """
     with exit_with(2, debug):
-        job = JOBS.get(target, JOB) if source not in GIVEN else dict(n=None, epochs=JOB["epochs"])
-        run = Run(target=target, source=source, balance=balance, n=job["n"] if n is None else n, epochs=job["epochs"] if epochs is None else epochs,
-                  views=views, relabel=relabel, cached_views=cached_views, loss=loss, temperature=temperature, batch_size=batch_size, lr=lr,
-                  teacher=teacher, teacher_bn=teacher_bn, student=student, limit=limit, empty=empty, seed=seed)
+        said = {k: v for k, v in dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr).items() if v is not None}
+        run = Run(**settings(target, source) | said, target=target, source=source, balance=balance, views=views, relabel=relabel,
+                  cached_views=cached_views, loss=loss, temperature=temperature, teacher=teacher, teacher_bn=teacher_bn, student=student, limit=limit, empty=empty, seed=seed)
         runs, out, device = comparison(run), out or default_out(run), _device(device)
         if (out / "run.json").exists(): claim(out, asdict(run))
     with exit_with(1, debug):

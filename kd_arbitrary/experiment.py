@@ -470,7 +470,6 @@ def run_grid(
     there = {r["key"]: r for r in read_records(folder)}
     for run in runs:
         if there.get(run.key, {}).get("status") == "done": _lock_path(folder, run).unlink(missing_ok=True)
-    with suppress(OSError): _locks(folder).rmdir()
     return [there[run.key] for run in runs if run.key in there]
 
 # %% ../nbs/13_experiment.ipynb #experiment-status

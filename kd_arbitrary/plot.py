@@ -173,7 +173,8 @@ def class_histogram(
 ) -> Figure:
     "Images per predicted class, one panel a set, with the entropy of each histogram."
     if not sets: raise ValueError("there are no transfer sets to draw; expected at least one")
-    fig, axes = _figure(max(2.6, min(8, 1.65 * len(sets))), 1.8, 1, len(sets), sharey=True)
+    longest = max(len(str(name)) for ts in sets.values() for name in ts.info.get("classes", "x"))
+    fig, axes = _figure(max(2.6, min(8, 1.65 * len(sets))), 1.8 + 0.06 * min(longest, 14) * (longest > 2), 1, len(sets), sharey=True)
     for ax, (name, ts) in zip(axes, sets.items()):
         counts = _counts(ts)
         ax.bar(range(len(counts)), counts, width=0.8, color=colours_of([name])[name] if name in COLOURS else BLUE)
@@ -209,23 +210,25 @@ def fill_bars(
     return fig
 
 # %% ../nbs/14_plot.ipynb #plot-summary
-def _summary_rows(
-    ax: Axes,  # a canvas
+def _summary_block(
+    ax: Axes,  # a canvas in inches
     ts: TransferSet,  # images to choose from
     classes: list[int],  # one a column
-    top: float,  # where the block begins, in cells
-    rows: int,  # images per class
-    size: tuple[float, float],  # of a picture, in cells
+    top: float,  # where the block begins
+    rows: int,  # of pictures
+    pitch: float,  # width of a column
+    side: float,  # of a picture
 ) -> None:
     "The first images of each class, column by column; empty frames where there are none."
-    width, height = size
-    index = [(ts.predicted == c).nonzero()[:rows, 0] for c in classes]
+    across = max(1, int(pitch // (side + 0.03)))
+    index = [(ts.predicted == c).nonzero()[:rows * across, 0] for c in classes]
     pictures = iter(_pictures(ts.images[torch.cat(index)])[0])
     for column, own in enumerate(index):
-        for row in range(rows):
-            left, y = column + (1 - width) / 2, top + row * (height + 0.05)
-            if row < len(own): _tile(ax, next(pictures), left, y, width, height)
-            else: ax.add_patch(Rectangle((left, y), width, height, fill=False, edgecolor=GROUND, linewidth=0.8, linestyle=(0, (3, 3))))
+        for i in range(rows * across):
+            left = (column + 0.5) * pitch + (i % across - across / 2) * (side + 0.03) + 0.015
+            y = top + i // across * (side + 0.03)
+            if i < len(own): _tile(ax, next(pictures), left, y, side, side)
+            else: ax.add_patch(Rectangle((left, y), side, side, fill=False, edgecolor=GROUND, linewidth=0.8, linestyle=(0, (3, 3))))
 
 
 @mpl.rc_context(STYLE)
@@ -233,33 +236,33 @@ def summary(
     before: TransferSet,  # as drawn
     after: TransferSet,  # balanced, by the same teacher
     title: str | None = None,  # None: the source of the balanced set
-    rows: int = 2,  # images of each class from either set
+    rows: int = 2,  # of pictures from either set
 ) -> Figure:
     "Both sets at a glance: images by class, and the class histograms."
-    if before.scores.shape[1] != after.scores.shape[1]:
-        raise ValueError(f"the sets have {before.scores.shape[1]} and {after.scores.shape[1]} classes; expected two sets of one teacher")
-    names, old, new = after.info.get("classes") or range(after.scores.shape[1]), _counts(before), _counts(after)
+    old, new = _counts(before), _counts(after)
     k = len(old)
+    if k != len(new): raise ValueError(f"the sets have {k} and {len(new)} classes; expected two sets of one teacher")
     order = np.arange(k) if k <= 12 else np.argsort(-old, kind="stable")
     shown = order if k <= 12 else order[np.linspace(0, k - 1, 10).round().astype(int)]
-    left, pitch, head, bars = 0.62, 7.28 / len(shown), 0.56, 0.95                     # inches
+    names = [str((after.info.get("classes") or range(k))[c]) for c in shown]
+    left, wide, head, gap, bars = 0.62, 7.28, 0.56, 0.1, 0.95                         # inches, as all below
+    pitch = wide / len(shown)
     side = min(0.56, 0.94 * pitch)
-    size, gap = (side / pitch, side / pitch), 0.12
-    block = rows * (size[1] + 0.05)
-    height = head + (2 * block + gap) * pitch + bars + 0.4
+    block = rows * (side + 0.03)
+    height = head + 2 * block + gap + bars + 0.4
     fig = Figure((8, height), DPI, facecolor="white")
-    at = lambda x, y, w, h: (x / 8, 1 - (y + h) / height, w / 8, h / height)          # inches from the upper left corner
-    ax = _canvas(fig.add_axes(at(left, head, 7.28, (2 * block + gap) * pitch)), len(shown), 2 * block + gap)
+    at = lambda top, h: (left / 8, 1 - (top + h) / height, wide / 8, h / height)
+    ax = _canvas(fig.add_axes(at(head, 2 * block + gap)), wide, 2 * block + gap)
     for top, ts, text, colour in (0, before, "as drawn", LINE), (block + gap, after, "balanced", BLUE):
-        _summary_rows(ax, ts, shown.tolist(), top, rows, size)
-        ax.add_patch(Rectangle((-0.16 / pitch, top), 0.045 / pitch, block - 0.05, color=colour, clip_on=False))
-        ax.text(-0.24 / pitch, top + block / 2 - 0.025, text, rotation=90, ha="right", va="center", color=colour, fontweight="bold", fontsize=8.5)
-    fontsize = min(8.5, 72 * pitch / 0.66 / max(len(str(names[c])) for c in shown))
-    for column, c in enumerate(shown): ax.text(column + 0.5, -0.07, names[c], ha="center", va="bottom", fontsize=fontsize, fontweight="bold")
+        _summary_block(ax, ts, shown.tolist(), top, rows, pitch, side)
+        ax.add_patch(Rectangle((-0.16, top), 0.045, block - 0.03, color=colour, clip_on=False))
+        ax.text(-0.24, top + block / 2, text, rotation=90, ha="right", va="center", color=colour, fontweight="bold", fontsize=8.5)
+    fontsize = min(8.5, 72 * pitch / 0.72 / max(map(len, names)))
+    for i, name in enumerate(names): ax.text((i + 0.5) * pitch, -0.05, name, ha="center", va="bottom", fontsize=fontsize, fontweight="bold")
     fig.text(left / 8, 1 - 0.2 / height, title or after.info.get("source", ""), fontsize=10.5, fontweight="bold", va="center")
-    fig.text((left + 7.28) / 8, 1 - 0.2 / height, f"class entropy {histogram_entropy(torch.from_numpy(old)):.2f} \u2192 "
+    fig.text((left + wide) / 8, 1 - 0.2 / height, f"class entropy {histogram_entropy(torch.from_numpy(old)):.2f} \u2192 "
              f"{histogram_entropy(torch.from_numpy(new)):.2f}", fontsize=9, ha="right", va="center")
-    _summary_bars(fig.add_axes(at(left, height - bars - 0.3, 7.28, bars)), old[order], new[order], len(after) / k)
+    _summary_bars(fig.add_axes(at(height - bars - 0.3, bars)), old[order], new[order], len(after) / k)
     return fig
 
 
@@ -271,14 +274,18 @@ def _summary_bars(
 ) -> None:
     "Both class histograms in one, aligned with the columns above where there are few classes."
     k, few = len(old), len(old) <= 12
-    x, width = np.arange(k) + 0.5, 0.36 if few else 0.5
-    ax.bar(x - width / 2, old, width, color=LINE, label="as drawn")
-    ax.bar(x + width / 2, new, width, color=BLUE, label="balanced")
+    x, width = np.arange(k) + 0.5, min(0.36, 0.04 * k) if few else 1
+    if few:
+        ax.bar(x - width / 2, old, width, color=LINE, label="as drawn")
+        ax.bar(x + width / 2, new, width, color=BLUE, label="balanced")
+        box = dict(facecolor="white", edgecolor="none", pad=0.6)
+        for i, n in enumerate(old): ax.annotate(f"{n:,.0f}", (x[i] - width / 2, n), (0, 2), textcoords="offset points", ha="center", fontsize=6.5, bbox=box)
+    else:
+        ax.bar(x, old, 1, color=LINE, label="as drawn")
+        ax.stairs(new, color=BLUE, linewidth=1.3, label="balanced")
     ax.axhline(even, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    box = dict(facecolor="white", edgecolor="none", pad=0.6)
-    for i, n in enumerate(old if few else []): ax.annotate(f"{n:.0f}", (x[i] - width / 2, n), (0, 2), textcoords="offset points", ha="center", fontsize=6.5, bbox=box)
-    ax.set(xlim=(0, k), ylim=(0, max(old.max(), new.max()) * 1.12), xticks=[], ylabel="images")
-    ax.set_xlabel("class the teacher sees" + ("" if few else ", from the most to the least frequent as drawn"), labelpad=4)
+    ax.set(xlim=(0, k), ylim=(0, max(old.max(), new.max()) * 1.14), xticks=[], ylabel="images")
+    ax.set_xlabel("class the teacher sees" + ("" if few else ", from the most to the least frequent as drawn"), labelpad=4, loc="center" if few else "left")
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.tick_params(labelsize=7, length=2.5, color=LINE, labelcolor=INK)
     ax.spines[["top", "right"]].set_visible(False)
@@ -341,12 +348,20 @@ def records_frame(
 SETTING = tuple(f.name for f in fields(Run) if f.name not in ("seed", "teacher_seed"))  # runs equal in these differ only in chance
 
 
+def _has(
+    frame: pd.DataFrame,  # of `records_frame`
+    *columns: str,  # that must be there
+) -> None:
+    "Refuse a column that does not exist."
+    if missing := set(columns) - set(frame): raise ValueError(f"the table has no column {sorted(missing)}; expected some of: {', '.join(frame)}")
+
+
 def _usable(
     frame: pd.DataFrame,  # of `records_frame`
     *columns: str,  # that must be there
 ) -> pd.DataFrame:  # the rows where all of them are known
     "The runs a figure can show."
-    if missing := set(columns) - set(frame): raise ValueError(f"the table has no column {sorted(missing)}; expected some of: {', '.join(frame)}")
+    _has(frame, *columns)
     rows = frame.dropna(subset=list(columns))
     if not len(rows): raise ValueError(f"none of the {len(frame)} runs has a value for {', '.join(columns)}")
     return rows
@@ -370,7 +385,7 @@ def _cell(
 ) -> str:
     "One cell of a table as text."
     v = runs[value].dropna() * (100 if percent else 1)
-    if not len(v): return "failed" if (runs.status == "failed").any() else "not measured"
+    if not len(v): return "failed" if (runs.status == "failed").any() else "not measured" if (runs.status == "done").any() else "not run"
     digits = 1 if percent else 3 if v.abs().max() < 10 else 0
     deviation = f" \u00b1 {v.std():,.{digits}f}" if len(v) > 1 else ""
     return f"{v.mean():,.{digits}f}{deviation} ({len(v)})"
@@ -385,7 +400,7 @@ def results_table(
 ) -> pd.DataFrame:  # of text, in the order of first appearance
     "Mean ± standard deviation (number of runs) of every cell."
     rows, columns = list(rows), list(columns)
-    _usable(frame, *rows, *columns, value)
+    _has(frame, *rows, *columns, value)
     _only_seeds(frame, rows + columns)
     cells = {key: _cell(runs, value, percent) for key, runs in frame.groupby(rows + columns, sort=False, dropna=False)}
     cells = pd.Series(cells.values(), pd.MultiIndex.from_tuples(cells, names=rows + columns), dtype=object)
@@ -401,11 +416,11 @@ def learning_curves(
     "Held-out agreement and training loss after each epoch."
     histories = {name: r.get("history") or [] if isinstance(r, dict) else r for name, r in runs.items()}
     if not any(histories.values()): raise ValueError("none of the runs has a history; expected a list with one entry per epoch")
-    fig, axes = _figure(6.4, 2.1, 1, 2)
+    fig, axes = _figure(5.6, 1.9, 1, 2)
     for (name, h), colour in zip(histories.items(), colours_of(histories).values()):
         for ax, value in zip(axes, ("agreement", "loss")):
             points = [(e["epoch"], e[value]) for e in h if e.get(value) is not None]
-            if points: ax.plot(*zip(*points), label=name, color=colour, linewidth=1.4, marker="." if len(points) < 15 else None)
+            if points: ax.plot(*zip(*points), label=name, color=colour, linewidth=1.4, marker="." if len(points) < 2 else None)
     axes[0].set(xlabel="epoch", ylabel="agreement on held-out images")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")

@@ -1,7 +1,7 @@
 """Grids through real executors, and what can happen to them: a killed worker, two processes at once, a full disk."""
-import json, multiprocessing, os, signal, subprocess, sys, time, warnings
+import json, multiprocessing, os, signal, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +10,6 @@ from kd_arbitrary.experiment import Run, _attempt, execute, grid_status, now, re
 
 QUICK = dict(n=300, epochs=1, batch_size=64)
 GRID = [replace(run, **QUICK) for run in smoke()]
-
-
-def pool(n=2): return ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    "A data root with a teacher in it."
-    root = tmp_path_factory.mktemp("root")
-    execute(GRID[0], root=root, show=False)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +21,35 @@ def reference(root, tmp_path_factory):
 def outcome(records): return [(r["key"], r["status"], r["results"]) for r in records]
 
 
-def test_a_process_pool_does_the_same(root, reference, tmp_path):
-    with pool() as executor: records = run_grid(GRID, tmp_path, root=root, executor=executor, threads=1, show=False)
+@pytest.fixture(scope="module")
+def pool():
+    "Two worker processes; the second test that has them kills one."
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor: yield executor
+
+
+def test_a_process_pool_does_the_same(root, reference, tmp_path, pool):
+    records = run_grid(GRID, tmp_path, root=root, executor=pool, threads=1, show=False)
     assert outcome(records) == outcome(reference)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{run.key}.json" for run in GRID)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted(f"{run.key}.json" for run in GRID)
+
+
+def test_a_killed_worker_loses_only_what_it_was_doing(root, tmp_path, pool):
+    long = Run(target="digits", source="strokes", n=500, epochs=40, batch_size=64)
+    pool.submit(_kill_when, tmp_path / ".work" / long.key / "checkpoint.safetensors")
+    with pytest.warns(UserWarning, match="1 runs were lost"):
+        records = run_grid([GRID[0], long], tmp_path, root=root, executor=pool, threads=1, show=False)
+    pool.shutdown()                                                                      # the other worker is stopped too
+    assert [r["key"] for r in records] == [GRID[0].key] and grid_status([long], tmp_path) == {long.key: "not run"}
+    assert (tmp_path / ".work" / long.key / "checkpoint.safetensors").exists()
+    again, = run_grid([long], tmp_path, root=root, threads=1, show=False)
+    whole = execute(long, root=root, show=False)
+    assert [h["loss"] for h in again["history"]] == [h["loss"] for h in whole["history"]] and again["results"]["accuracy"] == whole["results"]["accuracy"]
+
+
+def _kill_when(path):
+    "Die as soon as the file exists; in a worker, this breaks the pool."
+    while not path.exists(): time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_dask_does_the_same(root, reference, tmp_path):
@@ -45,33 +59,17 @@ def test_dask_does_the_same(root, reference, tmp_path):
     assert outcome(records) == outcome(reference)
 
 
-def test_a_killed_worker_loses_only_what_it_was_doing(root, reference, tmp_path):
-    long = [Run(target="digits", source="strokes", n=500, epochs=400, batch_size=64, seed=seed) for seed in range(2)]
-    with pool() as executor:
-        executor.submit(_kill_when, tmp_path / ".work", [run.key for run in long])
-        with pytest.warns(UserWarning, match="runs were lost"):
-            records = run_grid([GRID[0], *long], tmp_path, root=root, executor=executor, threads=1, show=False)
-    assert set(grid_status(long, tmp_path).values()) == {"not run"} and all(r["status"] == "done" for r in records)
-    assert any((tmp_path / ".work").rglob("checkpoint.safetensors")) or not records      # they go on from here
-    assert outcome(run_grid(GRID, tmp_path, root=root, threads=1, show=False)) == outcome(reference)
-
-
-def _kill_when(folder, keys):
-    "Die as soon as one of the runs has a checkpoint; in a worker, this breaks the pool."
-    while not any((folder / key / "checkpoint.safetensors").exists() for key in keys): time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_two_processes_share_a_grid(root, reference, tmp_path):
-    code = ("import sys, json, torch; from kd_arbitrary.experiment import Run, run_grid; torch.set_num_threads(1)\n"
+def test_two_processes_share_a_grid(root, tmp_path):
+    runs = [replace(GRID[0], seed=seed) for seed in range(8)]
+    code = ("import sys, json, torch; from kd_arbitrary.experiment import Run, run_grid; torch.set_num_threads(2)\n"
             "folder, root, *runs = sys.argv[1:]; run_grid([Run(**json.loads(r)) for r in runs], folder, root=root, show=False)")
-    runs = [json.dumps(r["config"]) for r in reference]
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(root), *runs]) for _ in range(2)]
-    assert [p.wait() for p in both] == [0, 0]
-    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
-    assert outcome(run_grid(GRID, tmp_path, root=root, show=False)) == outcome(reference)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")} == written
-    assert not list(tmp_path.glob("*.damaged"))
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(root), *(json.dumps(asdict(run)) for run in runs)])
+    while not any((tmp_path / ".work").glob("*.lock")) and other.poll() is None: time.sleep(0.01)
+    run_grid(runs[::-1], tmp_path, root=root, show=False)                                # from the other end
+    assert other.wait() == 0
+    records = run_grid(runs, tmp_path, root=root, show=False)
+    assert [r["status"] for r in records] == ["done"] * 8 and not list(tmp_path.glob("*.damaged"))
+    assert {r["machine"]["threads"] for r in records} == {1, 2}                           # both had a part in it
 
 
 def test_a_full_disk_leaves_what_was_there(root, tmp_path, monkeypatch):

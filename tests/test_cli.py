@@ -1,0 +1,144 @@
+"""The commands as a user meets them: what they print, the exit status, and what happens when they are interrupted."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kd_arbitrary import cli, experiment
+from kd_arbitrary.core import load_tensors
+from kd_arbitrary.experiment import Run
+
+QUICK = ["--n", "300", "--epochs", "1", "--batch-size", "64", "--quiet"]
+ROWS = ("unbalanced", "balanced", "original")
+
+
+def distill(*arguments): return CliRunner().invoke(cli.distill_app, [str(a) for a in arguments])
+
+
+def grid(*arguments): return CliRunner().invoke(cli.experiment_app, [str(a) for a in arguments])
+
+
+def command(*arguments): return [sys.executable, "-m", "kd_arbitrary.cli", *map(str, arguments)]
+
+
+def content(folder): return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def weights(out): return {name: load_tensors(out / name / "student.safetensors", "model")[0] for name in ROWS}
+
+
+def same(a, b): return all(a[name].keys() == b[name].keys() and all(a[name][k].equal(b[name][k]) for k in a[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def done(root, tmp_path_factory):
+    "A finished job: its arguments and its output."
+    out = tmp_path_factory.mktemp("done")
+    arguments = [*QUICK, "--root", root, "--out", out]
+    return out, arguments, distill(*arguments)
+
+
+def test_table_and_files(done):
+    out, _, result = done
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and result.stderr == ""
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["teacher", "student, unbalanced", "student, balanced (fill)", "student, original data"]
+    assert lines[0].split() == ["accuracy", "agreement", "teacher", "queries", "seconds"] and all("%" in line for line in lines[1:5])
+    assert set(lines[6:]) == {str(p) for p in content(out)} and str(out / "summary.png") in lines
+    for name in ROWS:
+        assert {"transfer.safetensors", "checkpoint.safetensors", "student.safetensors", "run.json"} < {p.name for p in (out / name).iterdir()}
+
+
+def test_the_same_command_again_changes_nothing(done):
+    out, arguments, result = done
+    before = content(out)
+    assert distill(*arguments).stdout == result.stdout and content(out) == before
+
+
+def test_json_stands_alone_on_stdout(done):
+    out, arguments, _ = done
+    result = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True, check=True)
+    told = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1 and result.stderr == ""
+    assert all(told[name]["status"] == "done" and told[name]["results"]["queries"] > 0 for name in ROWS) and 0.9 < told["teacher"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--target", "digit"], "unknown target 'digit'; expected one of: digits, mnist, fmnist, cifar10, cifar100. Did you mean 'digits'?"),
+    (["--source", "stroke"], "Did you mean 'strokes'"), (["--source", "a b"], "cannot read the source"), (["--student", "lenet"], "lenet5_half"),
+    (["--balance", "even"], "none, quota, repeat, reweight, fill"), (["--views", "blur"], "expected one of: affine"), (["--loss", "ce"], "kl, mse, l1"),
+    (["--n", "3"], "n=3 images cannot cover 10 classes"), (["--temperature", "0"], "temperature must be positive"), (["--device", "abacus"], "auto, cpu or cuda"),
+    (["--seed", "1"], "differs in seed (0 there, 1 here)"), (["--n", "many"], "valid integer"), (["--colour", "red"], "--colour")])
+def test_wrong_arguments(done, arguments, says):
+    out, right, _ = done
+    before = content(out)
+    result = distill(*right, *arguments)
+    assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.stderr and result.stdout == ""
+    assert content(out) == before
+
+
+def test_help_and_version():
+    told = distill("--help").stdout
+    assert all(option in told for option in ("--target", "--relabel", "--no-relabel", "--json", "--debug", "digits, mnist", "none, quota"))
+    assert distill("--version").stdout.startswith("kd_arbitrary ") and grid("--version").exit_code == 0
+    assert all(name in grid("--help").stdout for name in ("list", "run", "status", "table", "smoke"))
+
+
+def test_a_run_that_cannot_be_done_fails_in_one_line(root, tmp_path):
+    arguments = [*QUICK, "--root", root, "--out", tmp_path, "--source", "array(path='none.npz')"]
+    result = distill(*arguments)
+    assert result.exit_code == 1 and result.stderr.startswith("error: none.npz does not exist") and result.stderr.count("\n") == 1
+    assert isinstance(distill(*arguments, "--debug").exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["transfer.safetensors", "checkpoint.safetensors"])
+def test_a_cut_file_is_named_and_nothing_is_touched(root, tmp_path, name):
+    arguments = [*QUICK, "--root", root, "--out", tmp_path, "--balance", "none"]
+    distill(*arguments)
+    folder = tmp_path / "unbalanced"
+    next(p for p in folder.glob("*.json") if len(p.stem) == 16).unlink()
+    (folder / name).write_bytes((folder / name).read_bytes()[:-50])
+    before = content(tmp_path)
+    result = distill(*arguments)
+    assert result.exit_code == 1 and f"{name} is truncated" in result.stderr and content(tmp_path) == before
+
+
+def test_a_killed_job_ends_as_if_nothing_had_happened(root, tmp_path):
+    arguments = ["--n", 300, "--epochs", 12, "--batch-size", 32, "--quiet", "--root", root, "--out"]
+    job = subprocess.Popen(command(*arguments, tmp_path / "killed"), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed/balanced/checkpoint.safetensors").exists() and job.poll() is None: time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL and not (tmp_path / "killed/balanced/student.safetensors").exists()
+    assert distill(*arguments, tmp_path / "killed").exit_code == 0 == distill(*arguments, tmp_path / "whole").exit_code
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_harms_nothing(done, monkeypatch, call):
+    out, arguments, result = done
+    record = next(p for p in (out / "balanced").glob("*.json") if len(p.stem) == 16)
+    old = json.loads(record.read_text())
+    record.unlink()
+    before = content(out)
+    def full(*args): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, call, full)
+        failed = distill(*arguments)
+    assert failed.exit_code == 1 and "No space left on device" in failed.stderr and failed.stderr.count("\n") == 1 and content(out) == before
+    assert distill(*arguments).exit_code == 0 and json.loads(record.read_text())["results"] == old["results"]
+
+
+def test_grid_commands(root, tmp_path, monkeypatch):
+    quick = [Run(target="digits", source=s, balance=b, n=300, epochs=1) for s in ("strokes", "array(path='none.npz')") for b in ("none", "fill")]
+    monkeypatch.setitem(experiment.GRIDS, "quick", lambda: quick)
+    where = ["--results", tmp_path]
+    assert "not run" in grid("table", "quick", *where).stdout and grid("status", "quick", *where).stdout == "quick: 4 not run\n"
+    good = grid("run", "quick", "--only", "strokes", "--executor", "processes", "--root", root, "--quiet", *where)
+    assert (good.exit_code, good.stdout) == (0, "quick: 2 done\n")
+    bad = grid("run", "quick", "--root", root, "--quiet", *where)
+    assert (bad.exit_code, bad.stdout) == (1, "quick: 2 done, 2 failed\n") and "FileNotFoundError: none.npz does not exist" in bad.stderr
+    told = grid("table", "quick", *where).stdout
+    assert "strokes" in told and "(1)" in told and "failed" in told
+    assert "quick" in grid("list", "--only", "n=300", *where).stdout
+    assert grid("run", "quack", *where).exit_code == 2 and "Did you mean 'quick'" in grid("run", "quack", *where).stderr
