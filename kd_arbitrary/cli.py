@@ -72,7 +72,7 @@ def _device(
 
 # %% ../nbs/15_cli.ipynb #cli-rows
 JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128, lr=0.01)}  # two minutes on two cores; chosen by held-out agreement
-JOB = dict(n=60_000, epochs=20, batch_size=256, lr=2e-3)  # all other targets
+JOB = dict(n=60_000, epochs=10, batch_size=128, lr=0.01)  # all other targets
 
 
 def settings(
