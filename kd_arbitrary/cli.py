@@ -215,6 +215,7 @@ def kd_distill(
     out: Annotated[Path | None, _option("Folder for all results; a run that is unfinished there goes on [default: kd_out/TARGET-SOURCE-BALANCE-seedSEED].", show_default=False)] = None,
     root: Root = None,
     device: Device = "auto",
+    threads: Annotated[int | None, _option("Processor threads [default: 1 for gray targets, whose networks are too small for more; else all].", min=1, show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON object on stdout, and nothing else.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -230,6 +231,7 @@ def kd_distill(
         run = Run(**settings(target, source) | said, target=target, source=source, balance=balance, views=views, relabel=relabel,
                   cached_views=cached_views, loss=loss, temperature=temperature, teacher=teacher, teacher_bn=teacher_bn, student=student, limit=limit, empty=empty, seed=seed)
         runs, out, device = comparison(run), out or default_out(run), _device(device)
+        torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
         if (out / "run.json").exists(): claim(out, asdict(run))
     with exit_with(1, debug):
         claim(out, asdict(run))

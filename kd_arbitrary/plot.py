@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['INK', 'LINE', 'GROUND', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'PALETTE', 'COLOURS', 'STYLE', 'DPI',
            'FATES', 'KINDS', 'COLUMNS', 'STUDENT_COST', 'SETTING', 'COSTS', 'PREDICTORS', 'colours_of', 'sheet',
-           'class_histogram', 'fill_bars', 'summary', 'source_kind', 'records_frame', 'results_table',
-           'learning_curves', 'accuracy_bars', 'cost_scatter', 'spearman', 'predictor_scatter']
+           'class_histogram', 'fill_bars', 'summary', 'source_kind', 'records_frame', 'results_table', 'grid_frame',
+           'markdown', 'learning_curves', 'accuracy_bars', 'cost_scatter', 'spearman', 'predictor_scatter']
 
 # %% ../nbs/14_plot.ipynb #plot-imports
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import matplotlib as mpl
 import numpy as np
@@ -407,6 +407,30 @@ def results_table(
     if not columns: return cells.droplevel([]).to_frame(value)
     order = lambda names: frame.set_index(names).index.unique()
     return cells.unstack(columns).reindex(index=order(rows), columns=order(columns)).fillna("not run")
+
+# %% ../nbs/14_plot.ipynb #plot-grid
+def grid_frame(
+    runs: Iterable[Run],  # of a grid
+    records: Iterable[dict],  # those there are, in any order
+) -> pd.DataFrame:  # as `records_frame`, one row a run, in the order of the grid
+    "Every run of a grid, also those that were not run."
+    there = {r["key"]: r for r in records}
+    return records_frame([there.get(run.key) or dict(key=run.key, status="not run", config=asdict(run)) for run in runs])
+
+
+def markdown(
+    table: pd.DataFrame,  # of text, with any index
+) -> str:  # a pipe table
+    "A table as Markdown; an outer row label is said once."
+    names = list(table.index.names)
+    head = [*(n or "" for n in names), *(" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in table.columns)]
+    lines, last = [], None
+    for key, row in zip(table.index, table.values):
+        key = list(key) if isinstance(key, tuple) else [key]
+        shown = ["" if len(key) > 1 and key[0] == last else key[0], *key[1:]]
+        last = key[0]
+        lines.append("| " + " | ".join(map(str, [*shown, *row])) + " |")
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(names) + "---:|" * len(table.columns), *lines])
 
 # %% ../nbs/14_plot.ipynb #plot-curves
 @mpl.rc_context(STYLE)

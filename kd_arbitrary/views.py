@@ -31,7 +31,9 @@ def affine(
     angle, size, k = u[0] * math.radians(degrees), 1 + u[1] * scale, u[2] * shear
     cos, sin = angle.cos() / size, angle.sin() / size
     rows = torch.stack([cos, k * cos - sin, u[3] * 2 * shift, sin, k * sin + cos, u[4] * 2 * shift], 1)
-    grid = F.affine_grid(rows.view(n, 2, 3).to(images.device, dtype), list(images.shape), align_corners=False)
+    m = rows.to(images.device, dtype).view(n, 2, 3, 1, 1)
+    y, x = (((2 * torch.arange(s, device=images.device, dtype=dtype) + 1) / s - 1) for s in images.shape[2:])
+    grid = torch.stack([m[:, i, 0] * x + (m[:, i, 1] * y[:, None] + m[:, i, 2]) for i in (0, 1)], -1)   # F.affine_grid, without its matrix product
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 # %% ../nbs/06_views.ipynb #views-crop
