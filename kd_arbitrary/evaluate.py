@@ -104,6 +104,8 @@ class Clock:
 # %% ../nbs/12_evaluate.ipynb #evaluate-memory
 def peak_memory_mb() -> float | None:  # MiB; None where the system does not say
     "The largest amount of memory this process has held so far."
+    with contextlib.suppress(OSError, ValueError, IndexError):      # Linux: a child does not inherit this one from its parent
+        return round(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024, 1)
     try: import resource
     except ImportError: return None
     unit = 1 if sys.platform == "darwin" else 1024      # bytes on macOS, KiB elsewhere
