@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'LABELS', 'distill_app', 'Device', 'Quiet', 'Debug', 'Version', 'Root', 'experiment_app', 'Name',
            'Only', 'Results', 'RESULTS', 'exit_with', 'settings', 'comparison', 'default_out', 'compare', 'table',
-           'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table', 'grid_table',
-           'distill_main', 'experiment_main']
+           'listing', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
+           'grid_table', 'distill_main', 'experiment_main']
 
 # %% ../nbs/15_cli.ipynb #cli-imports
 import io
@@ -170,6 +170,15 @@ def table(
     return "\n".join(f"{line[0]:<{widths[0]}}" + "".join(f"{text:>{w + 3}}" for text, w in zip(line[1:], widths[1:])) for line in lines)
 
 
+def listing(
+    files: list[str],  # paths
+) -> str:  # one line a folder
+    "The files that were written, by folder."
+    folders = {}
+    for f in map(Path, files): folders.setdefault(f.parent, []).append(f.name)
+    return "\n".join(f"{folder}/  {', '.join(names)}" for folder, names in folders.items())
+
+
 def _version(show: bool) -> None:
     "Print the version and leave."
     if show:
@@ -252,7 +261,7 @@ def kd_distill(
         records = compare(runs, out, root, device, not quiet)
         files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
         if as_json: typer.echo(json.dumps(dict(out=str(out), teacher=next(iter(records.values()))["teacher"]) | records | dict(files=files)))
-        else: typer.echo("\n".join([table(records), "", *files]))
+        else: typer.echo(f"{table(records)}\n\n{listing(files)}")
 
 # %% ../nbs/15_cli.ipynb #cli-grid
 @contextmanager

@@ -489,7 +489,9 @@ def accuracy_bars(
     for i, name in enumerate(rank[x]):
         for j, by in enumerate(colours):
             runs = rows[(rows[x] == name) & (rows[hue] == by)]
-            if runs[value].isna().all() and len(runs): ax.text(0.006, i + (j + 0.5) * 0.8 / len(colours) - 0.4, "failed", va="center", fontsize=6.5, color=RED)
+            if runs[value].notna().any() or runs.empty: continue
+            failed = (runs.status == "failed").any()
+            ax.text(0.006, i + (j + 0.5) * 0.8 / len(colours) - 0.4, "failed" if failed else "not run", va="center", fontsize=6.5, color=RED if failed else LINE)
     for kind, at in rank.groupby("kind", sort=False).groups.items():
         ax.text(1.012, (at[0] + at[-1]) / 2, kind, rotation=270, ha="left", va="center", fontsize=7.5, color=LINE, transform=ax.get_yaxis_transform())
         if at[0]: ax.axhline(at[0] - 0.5, color=LINE, linewidth=0.6)
