@@ -429,7 +429,7 @@ def markdown(
         key = list(key) if isinstance(key, tuple) else [key]
         shown = ["" if len(key) > 1 and key[0] == last else key[0], *key[1:]]
         last = key[0]
-        lines.append("| " + " | ".join(map(str, [*shown, *row])) + " |")
+        lines.append("| " + " | ".join(str(cell).replace("*", r"\*") for cell in [*shown, *row]) + " |")
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(names) + "---:|" * len(table.columns), *lines])
 
 # %% ../nbs/14_plot.ipynb #plot-curves

@@ -120,7 +120,7 @@ def build(out: Path) -> int:
     write_page("index.ipynb", None, source, symbols, toctree(made))
     settings = dict(
         project=config.title, author=config.author, copyright=config.copyright, release=config.version,
-        extensions=["myst_nb", "sphinx_design", "sphinx_copybutton"], nb_execution_mode="off", nb_merge_streams=True,
+        extensions=["myst_nb", "sphinx_design", "sphinx_copybutton"], nb_execution_mode="off", nb_render_markdown_format="myst", nb_merge_streams=True,
         myst_enable_extensions=["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist", "alert"],
         myst_heading_anchors=4, mathjax_path="mathjax/tex-svg.js", add_module_names=False,
         python_maximum_signature_line_length=88, python_use_unqualified_type_names=True,
