@@ -12,6 +12,7 @@ __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generat
 
 # %% ../nbs/16_all.ipynb #all-imports
 from .balance import STRATEGIES, FillReport, balance
+from .push import push, survival
 from .core import adapt, data_root, generator
 from .data import TARGETS, Target, load_natural, load_target
 from .distill import Distilled, distill, recalibrate
