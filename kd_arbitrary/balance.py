@@ -6,6 +6,7 @@
 __all__ = ['BLOCK', 'STRATEGIES', 'FillReport', 'quotas', 'take', 'balance']
 
 # %% ../nbs/10_balance.ipynb #balance-imports
+import math
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -37,13 +38,18 @@ class FillReport:
     repeated: tuple[int, ...]  # per class: copies of other images of it
     missing: tuple[int, ...]  # per class: asked for and not there
 
-    def to_dict(self) -> dict: return asdict(self) | {k: list(v) for k, v in asdict(self).items() if isinstance(v, tuple)}
+    @property
+    def quota(self) -> tuple[int, ...]:
+        "Images asked for, per class; with `none` and `reweight`, those that came."
+        return tuple(map(sum, zip(self.accepted, self.perturbed, self.repeated, self.missing)))
+
+    def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(self) | dict(quota=self.quota)).items()}
 
     @classmethod
     def from_dict(
         cls,
         d: dict,  # what `to_dict` returned
-    ) -> "FillReport": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+    ) -> "FillReport": return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "quota"})
 
     def table(self) -> pd.DataFrame:  # one row per class and a total
         "The report as a table."
@@ -61,10 +67,23 @@ class FillReport:
 def quotas(
     n: int,  # images, >= k
     k: int,  # classes
-) -> Tensor:  # [k] int64, sums to n, entries differ by at most one
-    "How many images each class should get."
-    if n < k: raise ValueError(f"n={n} images cannot cover {k} classes; ask for at least {k}")
-    return torch.tensor([n // k + (c < n % k) for c in range(k)])
+    imbalance: float = 1.0,  # largest quota over the smallest, >= 1
+    missing: int = 0,  # classes that get none, 0 .. k - 2
+    seed: int = 0,  # of which classes are rare or missing
+) -> Tensor:  # [k] int64, sums to n
+    "How many images each class should get; where all are alike, entries differ by at most one."
+    if not 1 <= imbalance < math.inf: raise ValueError(f"imbalance must be a ratio of 1 or more, got {imbalance}")
+    if not 0 <= missing <= max(0, k - 2): raise ValueError(f"missing must be between 0 and {max(0, k - 2)} of {k} classes, got {missing}")
+    there = torch.randperm(k, generator=generator(seed, "rare"))[: k - missing]            # from the most frequent to the rarest
+    share = torch.zeros(k, dtype=torch.float64)
+    share[there] = imbalance ** (-torch.arange(k - missing, dtype=torch.float64) / max(1, k - missing - 1))
+    exact = n * share / share.sum()
+    out = exact.floor().long()
+    out[(exact - out).argsort(descending=True, stable=True)[: n - int(out.sum())]] += 1
+    if (out[there] < 1).any():
+        at = f" at an imbalance of {imbalance:g}" if imbalance > 1 else ""
+        raise ValueError(f"n={n} images cannot cover {k - missing} classes{at}; ask for at least {math.ceil(share.sum() / share[there].min())}")
+    return out
 
 # %% ../nbs/10_balance.ipynb #balance-take
 def take(
@@ -124,6 +143,7 @@ def _fill(
     seed: int,  # of who is sent where
     show: bool,  # a progress bar
     rounds: int = 6,  # attempts
+    smooth: float = 0.0,  # as for `push`
 ) -> tuple[_Pool, Tensor]:  # (nudged images, what is still missing)
     "Nudge surplus images into the classes that are short."
     done, short = _Pool(), short.clone()
@@ -138,7 +158,7 @@ def _fill(
         start = torch.randperm(max(len(goals), len(spare[0])), generator=g)[: len(goals)] % len(spare[0])
         gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
         for i, to, d in zip(start.split(PUSH_BATCH), goals.split(PUSH_BATCH), gap.split(PUSH_BATCH)):
-            images = push(spare[0][i], to, d, teacher)
+            images = push(spare[0][i], to, d, teacher, smooth=smooth)
             scores = teacher(images)
             right = scores.argmax(1) == to
             done.add(images[right], scores[right], spare[2][i][right])
@@ -161,7 +181,10 @@ def balance(
     seed: int = 0,  # of everything random in here
     limit: int | None = None,  # draws at the most; None: 4 n, and n for fill, which then starts from the images of `none`
     empty: str = "refuse",  # when a class stays empty: "refuse", or "keep" (reported, with a warning)
+    imbalance: float = 1.0,  # largest quota over the smallest, for quota, repeat and fill; see `quotas`
+    missing: int = 0,  # classes that get no image, for the same
     show: bool = True,  # progress bars
+    smooth: float = 0.0,  # blur of the gradient in `fill`, in pixels; see `push`
 ) -> tuple[TransferSet, FillReport]:
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
     pick(dict.fromkeys(STRATEGIES, True), strategy, "balance strategy")
@@ -171,7 +194,8 @@ def balance(
     if tuple(source.shape) != teacher.input_shape:
         raise ValueError(f"the source draws {tuple(source.shape)}, the teacher takes {teacher.input_shape}; make the source with the teacher's shape")
     start, asked, k = time.perf_counter(), teacher.queries, len(teacher.classes)
-    want, asis = quotas(n, k), strategy in ("none", "reweight")
+    want, asis = quotas(n, k, imbalance, missing, seed), strategy in ("none", "reweight")
+    if asis and (imbalance != 1 or missing): raise ValueError(f"strategy {strategy!r} takes what is drawn; imbalance and missing need quota, repeat or fill")
     if asis and source.size is not None and source.size < n:
         raise ValueError(f"{source.text} has {source.size:,} images, n={n:,} were asked for; lower n, mix it with an endless source, or use 'repeat' or 'fill'")
     limit = n if asis else limit or (1 if strategy == "fill" else 4) * n
@@ -181,13 +205,13 @@ def balance(
     short = torch.zeros_like(want) if asis else want - accepted
     if strategy == "fill" and short.any():
         pool = spare.join() if len(spare) else parts[0]
-        done, left = _fill(parts[0], pool, short, teacher, seed, show)
+        done, left = _fill(parts[0], pool, short, teacher, seed, show, smooth=smooth)
         parts, perturbed, short = parts + ([done.join()] if len(done) else []), short - left, left
     if strategy == "repeat":
         copies = _repeats(parts[0][1].argmax(1), short, seed)
         repeated = torch.bincount(parts[0][1].argmax(1)[copies], minlength=k)
         parts, short = parts + [[t[copies] for t in parts[0]]], short - repeated
-    _empty_classes(accepted + perturbed, teacher, source, strategy, int(seen.sum()), empty)
+    _empty_classes((accepted + perturbed == 0) & (want > 0), teacher, source, strategy, int(seen.sum()), empty)
     images, scores, origin = [torch.cat(t) for t in zip(*parts)]
     if not asis:
         order = torch.randperm(len(images), generator=generator(seed, "shuffle"))
@@ -223,7 +247,7 @@ def _weights(
 
 
 def _empty_classes(
-    have: Tensor,  # [K] distinct images per class
+    lacking: Tensor,  # [K] bool, classes that should have images and have none
     teacher: Teacher,  # for the names
     source: Source,  # for the message
     strategy: str,  # for the remedies
@@ -231,8 +255,8 @@ def _empty_classes(
     empty: str,  # "refuse" or "keep"
 ) -> None:
     "Refuse or warn when a class has no image; the control, `none`, may have what it has."
-    if strategy == "none" or have.all(): return
-    names = ", ".join(repr(teacher.classes[c]) for c in (have == 0).nonzero()[:, 0])
+    if strategy == "none" or not lacking.any(): return
+    names = ", ".join(repr(teacher.classes[c]) for c in lacking.nonzero()[:, 0])
     remedy = "another source" if strategy == "fill" else "strategy='fill', another source, or a greater limit"
     message = f"class {names} got no image: the teacher never saw it in {drawn:,} images of {source.text}; try {remedy}"
     if empty == "refuse": raise ValueError(message + ", or pass empty='keep' to go on without it")

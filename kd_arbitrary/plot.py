@@ -28,7 +28,7 @@ from torch import Tensor
 from .balance import FillReport
 from .core import check_images, to_float
 from .data import NATURAL
-from .experiment import GIVEN, Run
+from .experiment import GIVEN, LATER, Run
 from .noise import NOISE
 from .sources import FILES, parse_source
 from .synthetic import SYNTHETIC
@@ -329,7 +329,9 @@ def _row(
 ) -> dict:
     "A record as one row."
     r = {name: record.get(name) or {} for name in ("config", "results", "report", "data", "seconds")}
-    row = _scalars({k: record.get(k) for k in ("key", "status", "error", "peak_memory_mb", "teacher", "machine")}) | _scalars(r["config"])
+    config = LATER | r["config"]
+    row = _scalars({k: record.get(k) for k in ("key", "status", "error", "peak_memory_mb", "teacher", "machine")}) | _scalars(config)
+    row |= dict(updates=None, updates_aim=config["updates"])
     row |= _scalars(r["results"]) | {fate: sum(r["report"][fate]) for fate in FATES if fate in r["report"]}
     row |= _scalars(r["seconds"], "seconds_") | dict(kind=r["data"].get("kind") or source_kind(row.get("source", "")))
     if set(STUDENT_COST) <= set(r["seconds"]): row["seconds"] = sum(r["seconds"][s] for s in STUDENT_COST)
@@ -345,7 +347,7 @@ def records_frame(
     return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in COLUMNS[COLUMNS.index("n"):]})
 
 # %% ../nbs/14_plot.ipynb #plot-table
-SETTING = tuple(f.name for f in fields(Run) if f.name not in ("seed", "teacher_seed"))  # runs equal in these differ only in chance
+SETTING = tuple("updates_aim" if f.name == "updates" else f.name for f in fields(Run) if f.name not in ("seed", "teacher_seed"))  # runs equal in these differ only in chance
 
 
 def _has(
