@@ -62,16 +62,19 @@ def cache_views(
     k: int,  # views per image, >= 1
     seed: int = 0,  # of the views
     batch_size: int = 1024,  # images altered and mixed together
+    rows: Tensor | None = None,  # [N] which images of the set; None: all
 ) -> tuple[Tensor, Tensor]:  # ([k N, C, H, W] as stored, [k N, K] scores); row v N + i is view v of image i
     "Views of the set's images with what the teacher says of each."
-    apply, images, scores = make_views(views), [], []
+    rows = torch.arange(len(transfer)) if rows is None else rows
+    images = torch.empty(k * len(rows), *transfer.images.shape[1:], dtype=transfer.images.dtype)
+    scores, apply = torch.empty(len(images), transfer.scores.shape[1]), make_views(views)
     for v in range(k):
         g = generator(seed, "cached views", v)
-        for x in transfer.images.split(batch_size):
-            y = apply(to_float(x), g)
-            images.append((y * 255).round().clamp(0, 255).to(torch.uint8) if x.dtype == torch.uint8 else y.to(x.dtype))
-            scores.append(teacher(images[-1]))
-    return torch.cat(images), torch.cat(scores)
+        for i in torch.arange(len(rows)).split(batch_size):
+            y = apply(to_float(transfer.images[rows[i]]), g)
+            y = (y * 255).round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else y.to(images.dtype)
+            images[v * len(rows) + i], scores[v * len(rows) + i] = y, teacher(y)
+    return images, scores
 
 # %% ../nbs/11_distill.ipynb #distill-distill
 @dataclass
@@ -81,7 +84,7 @@ class Distilled:
     history: list[dict]  # per epoch: epoch, loss, lr, agreement (0..1), queries of that epoch, seconds
     best: dict | None  # state dict of the epoch with the best held-out agreement; None without a held-out share
     updates: int  # optimiser steps
-    queries: int  # images the teacher was asked about during distillation
+    queries: int  # images the teacher was asked about during distillation, cached views included
     seconds: float  # wall-clock time of all epochs, also those before an interruption
 
 
@@ -117,15 +120,16 @@ def distill(
     if outputs != len(teacher.classes): raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; make it with as many")
     order = torch.randperm(len(transfer), generator=generator(seed, "holdout"))
     held = order[: int(holdout * len(transfer))]
-    train = transfer.select(order[len(held):])
-    if views_fn is None or relabel: images, scores, copies = train.images, train.scores, 1
-    else: (images, scores), copies = cache_views(train, teacher, views, cached_views, seed), cached_views
-    n, images, scores = len(train), images.to(device), scores.to(device)
+    rows, copies, images, scores = order[len(held):], 1, transfer.images, transfer.scores
+    n, weights = len(rows), None if transfer.weights is None else transfer.weights[rows]
+    if views_fn and not relabel:
+        (images, scores), copies = cache_views(transfer, teacher, views, cached_views, seed, rows=rows), cached_views
+        rows = torch.arange(n)
+    images, scores, cached, asked = images.to(device), scores.to(device), teacher.queries - asked, teacher.queries
 
     def loss_of(model, index, g):
-        if copies > 1: index = index + n * torch.randint(copies, index.shape, generator=g)
-        index = index.to(device)
-        x = to_float(images[index])
+        index = rows[index] + (n * torch.randint(copies, index.shape, generator=g) if copies > 1 else 0)
+        x = to_float(images[index := index.to(device)])
         if relabel and views_fn: x = views_fn(x, g)
         target = teacher(x, len(x)) if relabel else scores[index]
         return loss_fn(model(x), target, teacher.gives, temperature)
@@ -134,15 +138,15 @@ def distill(
         nonlocal asked
         out, asked = dict(queries=teacher.queries - asked), teacher.queries
         if len(held):
-            same = predict(model, transfer.images[held], device=device).argmax(1) == transfer.predicted[held]
-            out["agreement"] = same.float().mean().item()
+            same = [predict(model, transfer.images[i], device=device).argmax(1) == transfer.scores[i].argmax(1) for i in held.split(1024)]
+            out["agreement"] = torch.cat(same).float().mean().item()
         return out
 
     config = dict(transfer=_fingerprint(transfer), teacher=teacher.fingerprint, loss=loss, temperature=temperature, views=views,
                   relabel=relabel, cached_views=copies, holdout=holdout)
-    run = fit(student, loss_of, n, epochs=epochs, batch_size=batch_size, lr=lr, weights=train.weights, measure=measure, seed=seed,
-              bfloat16=bfloat16, checkpoint=checkpoint, config=config, device=device, desc="distilling", show=show)
-    return Distilled(student.eval(), run.history, run.best, run.updates, sum(h["queries"] for h in run.history), sum(h["seconds"] for h in run.history))
+    run = fit(student, loss_of, n, epochs=epochs, batch_size=batch_size, lr=lr, weights=weights, measure=measure,
+              seed=seed, bfloat16=bfloat16, checkpoint=checkpoint, config=config, device=device, desc="distilling", show=show)
+    return Distilled(student.eval(), run.history, run.best, run.updates, cached + sum(h["queries"] for h in run.history), sum(h["seconds"] for h in run.history))
 
 
 def _fingerprint(
@@ -150,7 +154,8 @@ def _fingerprint(
 ) -> str:  # 16 hex digits
     "A hash of the set's images and scores."
     h = hashlib.sha256()
-    for t in (transfer.images, transfer.scores): h.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+    for t in (transfer.images, transfer.scores):
+        for part in t.split(4096): h.update(part.contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
 # %% ../nbs/11_distill.ipynb #distill-recal

@@ -76,6 +76,7 @@ def _restore(
 ) -> dict[str, Tensor] | None:  # the best state, where one was stored
     "Put a flat naming back where it came from."
     part = lambda name: {k[len(name) + 1:]: v.clone() for k, v in tensors.items() if k.startswith(name + ".")}
+    _fits(tensors, model, optimiser)
     model.load_state_dict(part("model"))
     state = {}
     for k, v in part("adam").items():
@@ -83,6 +84,37 @@ def _restore(
         state.setdefault(int(i), {})[key] = v
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
     return part("best") or None
+
+
+def _fits(
+    tensors: dict[str, Tensor],  # what a checkpoint holds
+    model: nn.Module,  # whose weights they should be
+    optimiser: torch.optim.Optimizer,  # whose moments
+) -> None:
+    "Refuse tensors that are not those of this network and optimiser."
+    have, weights = {k: v.shape for k, v in tensors.items()}, {k: v.shape for k, v in model.state_dict().items()}
+    want = {f"model.{k}": s for k, s in weights.items()}
+    if any(k.startswith("best.") for k in have): want |= {f"best.{k}": s for k, s in weights.items()}
+    for i, p in enumerate(optimiser.param_groups[0]["params"]):                      # a weight that was never used has no moments
+        if f"adam.{i}.step" in have: want |= {f"adam.{i}.step": torch.Size(), f"adam.{i}.exp_avg": p.shape, f"adam.{i}.exp_avg_sq": p.shape}
+    if have != want: raise TypeError("its tensors are not those of this network")
+
+
+def _continue(
+    path: Path,  # a checkpoint
+    config: dict,  # of this run
+    model: nn.Module,  # receives the weights
+    optimiser: torch.optim.Optimizer,  # receives the moments
+) -> "Fit":
+    "Where the last run stopped; a `ValueError` for a file of another run, or a damaged one."
+    tensors, meta = load_tensors(path, "checkpoint")
+    try:
+        same_run(path, dict(meta["config"]), config)
+        history, numbers = meta["history"], dict(epoch=int, loss=float, lr=float, seconds=float)
+        if not all(type(h[k]) is t for h in history for k, t in numbers.items()) or type(meta["updates"]) is not int: raise TypeError("its history is none")
+        return Fit(list(history), _restore(tensors, model, optimiser), meta["updates"], len(history))
+    except (TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged: {e}; delete it to start over") from None
 
 
 def same_run(
@@ -145,9 +177,7 @@ def fit(
                                         seed=seed, bfloat16=bfloat16, layout=_layout(model))))
     fit, path = Fit(), Path(checkpoint) if checkpoint else None
     if path and path.exists():
-        tensors, meta = load_tensors(path, "checkpoint")
-        same_run(path, meta["config"], config)
-        fit = Fit(meta["history"], _restore(tensors, model, optimiser), meta["updates"], len(meta["history"]))
+        fit = _continue(path, config, model, optimiser)
     per_epoch = len(batches(n, batch_size, generator(0)))
     bar = progress(None, desc, epochs * per_epoch, show, initial=fit.updates)
     for epoch in range(len(fit.history), epochs):

@@ -32,8 +32,9 @@ class TransferSet:
         check_images(self.images)
         for name in ("scores", "origin", "weights"):
             t = getattr(self, name)
-            if t is not None and len(t) != len(self.images):
-                raise ValueError(f"{name} has {len(t)} entries for {len(self.images)} images; they must agree")
+            if t is not None and t.shape[:1] != self.images.shape[:1]:
+                raise ValueError(f"{name} has {len(t) if t.ndim else 'no'} entries for {len(self.images)} images; they must agree")
+        if self.scores.ndim != 2: raise ValueError(f"scores must be [N, K], got shape {list(self.scores.shape)}")
 
     def __len__(self): return len(self.images)
 
@@ -62,9 +63,8 @@ class TransferSet:
         "Write images, scores and provenance into one checksummed file."
         tensors = dict(images=self.images, scores=self.scores, origin=self.origin)
         if self.weights is not None: tensors["weights"] = self.weights
-        path = save_tensors(path, tensors, self.info, "transfer set")
-        write_atomic(path.with_suffix(".json"), json.dumps(self.info, indent=1) + "\n")
-        return path
+        write_atomic(Path(path).with_suffix(".json"), json.dumps(self.info, indent=1) + "\n")      # first: who finds the set finds both
+        return save_tensors(path, tensors, self.info, "transfer set")
 
     @classmethod
     def load(
@@ -73,7 +73,8 @@ class TransferSet:
     ) -> "TransferSet":  # images memory-mapped where the system allows
         "The set that was saved there, checked byte for byte."
         tensors, info = load_tensors(path, "transfer set")
-        return cls(tensors["images"], tensors["scores"], tensors["origin"], info, tensors.get("weights"))
+        try: return cls(tensors["images"], tensors["scores"], tensors["origin"], info, tensors.get("weights"))
+        except (KeyError, ValueError) as e: raise ValueError(f"{path} is damaged: not a transfer set ({e}); make it again") from None
 
 # %% ../nbs/09_transfer.ipynb #transfer-label
 def label(
