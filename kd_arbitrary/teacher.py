@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -131,9 +132,8 @@ def save_model(
 ) -> Path:  # the path
     "Write weights and card."
     if missing := {"arch", "shape", "classes"} - set(card): raise ValueError(f"the card lacks {sorted(missing)}")
-    path = save_tensors(path, model.state_dict(), card, "model")
-    write_atomic(path.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
-    return path
+    write_atomic(Path(path).with_suffix(".json"), json.dumps(card, indent=1) + "\n")      # first: who finds the weights finds both
+    return save_tensors(path, model.state_dict(), card, "model")
 
 
 def load_model(
@@ -141,8 +141,14 @@ def load_model(
 ) -> tuple[nn.Module, dict]:  # (the network, its card)
     "The network and its card, from one file."
     tensors, card = load_tensors(path, "model")
-    model = make_model(card["arch"], tuple(card["shape"]), len(card["classes"]))
-    model.load_state_dict(tensors)
+    try:
+        make = lambda: make_model(card["arch"], tuple(card["shape"]), len(card["classes"]))
+        with torch.device("meta"): want = {k: v.shape for k, v in make().state_dict().items()}      # nothing is allocated yet
+        if want != {k: v.shape for k, v in tensors.items()}: raise ValueError(f"its weights are not those of {card['arch']} for {card['shape']}")
+        model = make()
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise ValueError(f"{path} is damaged: {e}; make it again") from None
     return model, card
 
 # %% ../nbs/08_teacher.ipynb #teacher-recipes
@@ -180,14 +186,14 @@ def train_teacher(
     recipe["arch"] = arch or recipe["arch"]
     recipe.pop("half")
     path = teacher_path(target.name, recipe, root)
+    partial = path.with_suffix(".partial")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         model = _train(target, dict(recipe), partial, device, show)
         correct = predict(model, target.test_images, device=device).argmax(1) == target.test_labels
         save_model(path, model, dict(target=target.name, arch=recipe["arch"], shape=list(target.shape), classes=list(target.classes), recipe=recipe,
                                      train_images=len(target.train_images), test_accuracy=correct.float().mean().item(), torch=torch.__version__))
-        partial.unlink(missing_ok=True)
+    with suppress(OSError): partial.unlink()
     model, card = load_model(path)
     teacher = Teacher(model, target.classes, target.shape, device=device)
     teacher.card = card | dict(path=str(path))
