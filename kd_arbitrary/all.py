@@ -17,10 +17,13 @@ from .core import adapt, data_root, generator
 from .data import TARGETS, Target, load_natural, load_target
 from .distill import Distilled, distill, recalibrate
 from .evaluate import evaluate
-from .experiment import GRIDS, Run, execute, read_records, run_grid
+from .experiment import Run, execute
+from .grids import GRIDS
 from .models import MODELS, count_flops, count_parameters, make_model
-from .plot import accuracy_bars, class_histogram, fill_bars, learning_curves, records_frame, results_table, sheet, summary
+from .plot import accuracy_bars, class_histogram, fill_bars, learning_curves, sheet, summary
+from .records import read_records, run_grid
 from .sources import Source, make_source
+from .tables import records_frame, results_table
 from .teacher import Teacher, load_model, save_model, train_teacher
 from .transfer import TransferSet, diagnose, histogram_entropy, label
 

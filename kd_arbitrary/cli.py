@@ -31,13 +31,15 @@ from .balance import STRATEGIES
 from .core import pick, write_atomic
 from .data import NATURAL
 from .distill import LOSSES
-from .experiment import (GIVEN, GRIDS, MIXTURE, SIZES, Run, claim, estimate, execute, find_record, grid_status, read_records,
-                                     run_grid, select, write_record)
+from .experiment import GIVEN, SIZES, Run, claim, execute
+from .grids import GRIDS, MIXTURE, estimate, select
 from .models import MODELS
 from .noise import NOISE
-from .plot import class_histogram, grid_frame, results_table, summary
+from .plot import class_histogram, summary
+from .records import find_record, grid_status, read_records, run_grid, write_record
 from .sources import FILES
 from .synthetic import SYNTHETIC
+from .tables import grid_frame, results_table
 from .transfer import TransferSet
 from .views import VIEWS
 
