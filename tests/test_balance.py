@@ -44,7 +44,7 @@ def test_promises(k, favour, n, seed, source, strategy):
     assert total["seen"].sum() == report.drawn and (total["accepted"] <= total["seen"]).all()
     copies = len(ts) - count_distinct(ts.images)
     flat = report.drawn - count_distinct(balance(make_source(source, SHAPE), who, report.drawn, "none", seed=seed, show=False)[0].images)
-    assert copies <= total["repeated"].sum() + flat + (total["perturbed"].sum() if strategy == "fill" and report.drawn < n else 0)
+    assert copies <= total["repeated"].sum() + flat + (total["perturbed"].sum() if strategy in ("fill", "impress") and report.drawn < n else 0)
     if strategy in ("none", "reweight"): assert len(ts) == n
     else: assert torch.equal(ts.counts + total["missing"], quotas(n, k))
     assert FillReport.from_dict(report.to_dict()) == report and ts.info["report"] == report.to_dict()
