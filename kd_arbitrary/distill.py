@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/11_distill.ipynb #distill-imports-core
-from .core import generator, pick, to_float
+from .core import generator, need_memory, pick, to_float
 from .teacher import Teacher
 from .train import fit, predict
-from .transfer import TransferSet
+from .transfer import TransferSet, memory_needed
 from .views import make_views
 
 # %% ../nbs/11_distill.ipynb #distill-soften
@@ -118,6 +118,9 @@ def distill(
     if relabel is None: relabel = views_fn is not None and teacher.whitebox
     asked, outputs = teacher.queries, predict(student.to(device), transfer.images[:1], device=device).shape[1]
     if outputs != len(teacher.classes): raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; make it with as many")
+    needed = memory_needed(len(transfer), teacher, student, batch_size=batch_size, itemsize=transfer.images.element_size(),
+                           cached_views=cached_views if views_fn and not relabel else 0)
+    need_memory(needed["distill"], f"distilling {len(transfer):,} images in batches of {batch_size:,}", "lower batch_size, cached_views, or the number of images")
     order = torch.randperm(len(transfer), generator=generator(seed, "holdout"))
     held = order[: int(holdout * len(transfer))]
     rows, copies, images, scores = order[len(held):], 1, transfer.images, transfer.scores

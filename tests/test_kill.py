@@ -1,0 +1,127 @@
+"""A run that is killed, at any moment and as often as one likes, ends as if nothing had happened: the same weights to the bit, the same record."""
+import multiprocessing, os, random, signal, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_arbitrary import core, teacher
+from kd_arbitrary.core import load_tensors
+from kd_arbitrary.experiment import Run, execute
+from kd_arbitrary.records import find_record, load_record, run_grid, write_record
+
+RUN = Run(target="digits", source="0.5*strokes + 0.5*pyramid", n=260, epochs=4, batch_size=64)
+STAGES = ("made", "half", "flushed", "whole", "renamed")      # of a write, at which a process can be killed
+KILLED = -signal.SIGKILL
+
+
+def job(folder: Path, whole_grid: bool = False) -> None:
+    "What is started again and again: train a teacher, make a transfer set, teach a student, write the record."
+    torch.set_num_threads(1)
+    teacher.RECIPES["digits"]["epochs"] = 2
+    if whole_grid: return run_grid([RUN], folder / "grid", root=folder / "root", show=False) and None
+    out = folder / "out"
+    if find_record(out, RUN) is None: write_record(out, execute(RUN, root=folder / "root", out=out, show=False))
+
+
+def job_killed_writing(folder: Path, nth: int, stage: str) -> None:
+    "The job, but the process kills itself at a stage of its nth write."
+    real, die, count = core._replace, lambda *_: os.kill(os.getpid(), signal.SIGKILL), 0
+    class Half:
+        "A file that takes half of what it is given."
+        def __init__(self, f): self.f = f
+        def write(self, data): self.f.write(bytes(data)[: len(data) // 2]); self.f.flush(); die()
+    def replaced(path, fill):
+        nonlocal count
+        count += 1
+        if count < nth: return real(path, fill)
+        if stage == "made": fill = die
+        if stage == "half": fill = lambda f, fill=fill: fill(Half(f))
+        if stage == "flushed": os.fsync = die
+        if stage == "whole": os.replace = die
+        if stage == "renamed": rename = os.replace; os.replace = lambda *names: die(rename(*names))
+        real(path, fill)
+    core._replace = replaced
+    job(folder)
+
+
+@pytest.fixture(scope="module")
+def start():
+    "A way to run a function in a fresh process that has everything imported: (function, arguments, seconds to live) -> exit code."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "kd_arbitrary.records"])
+    def start(function, *arguments, seconds=None):
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+    start(time.sleep, 0)
+    return start
+
+
+def outcome(folder: Path) -> tuple[dict, dict]:
+    "All tensors that were written, and the record without its times."
+    files = {str(p.relative_to(folder)): load_tensors(p, kind)[0] for p, kind in tensor_files(folder)}
+    return files, without_times(load_record(folder / "out" / f"{RUN.key}.json"))
+
+
+def tensor_files(folder):
+    kinds = dict(checkpoint="checkpoint", transfer="transfer set", student="model")
+    return [(p, kinds.get(p.stem, "model")) for p in sorted(folder.rglob("*.safetensors"))]
+
+
+def without_times(record):
+    times = ("seconds", "finished", "sha256", "peak_memory_mb")
+    if isinstance(record, dict): return {k: without_times(v) for k, v in record.items() if k not in times}
+    return [without_times(v) for v in record] if isinstance(record, list) else record
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f] | b[f])
+
+
+def names(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    "The uninterrupted run: its folder, its outcome, and how long it took."
+    folder, begun = tmp_path_factory.mktemp("whole"), time.monotonic()
+    assert start(job, folder) == 0
+    return folder, outcome(folder), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("chain", range(4))
+def test_killed_at_any_moment(start, whole, tmp_path, chain):
+    "Five kills at random moments of one run, four times; the last time through `run_grid`."
+    _, (files, record), seconds = whole
+    moments = sorted(random.Random(chain).uniform(0, seconds) for _ in range(5))
+    grid, killed = chain == 3, 0
+    for a, b in zip([0, *moments], moments): killed += start(job, tmp_path, grid, seconds=b - a) == KILLED
+    assert killed >= 2 and start(job, tmp_path, grid) == 0
+    if grid:
+        assert without_times(load_record(tmp_path / "grid" / f"{RUN.key}.json")) == record
+        assert [n for n in names(tmp_path / "grid") if not n.endswith(".lock")] == [f"{RUN.key}.json"]
+    else: assert outcome(tmp_path)[1] == record and same(outcome(tmp_path)[0], files) and names(tmp_path) == names(whole[0])
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_killed_while_writing(start, whole, tmp_path, turn):
+    "Each process kills itself in its first, second or third write, at some stage of it, until one has nothing left to write."
+    folder, (files, record), _ = whole
+    chance = random.Random(turn)
+    for i in range(60):
+        if (code := start(job_killed_writing, tmp_path, chance.choice((1, 2, 3, 3)), chance.choice(STAGES))) != KILLED: break
+    assert code == 0 and i >= 8 and start(job, tmp_path) == 0
+    assert outcome(tmp_path)[1] == record and same(outcome(tmp_path)[0], files)
+    assert names(tmp_path) == names(folder)                       # no temporary file is left of all that died
+
+
+def test_two_processes_do_the_same(start, whole, tmp_path):
+    "The record says what the outcome depends on."
+    assert start(job, tmp_path) == 0
+    assert names(tmp_path) == names(whole[0]) and same(outcome(tmp_path)[0], whole[1][0]) and outcome(tmp_path)[1] == whole[1][1]
+    record = whole[1][1]
+    assert record["machine"]["threads"] == 1 and record["machine"]["processor"] and record["config"]["seed"] == RUN.seed
+    assert {"torch", "numpy", "kd_arbitrary", "python"} <= record["versions"].keys()
