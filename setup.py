@@ -27,7 +27,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[name, f"{name}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split(),
+                    "bench": cfg["bench_requirements"].split()},
     entry_points={
         "console_scripts": [f"kd_distill={name}.cli:distill_main", f"kd_experiment={name}.cli:experiment_main"],
         "nbdev": [f"{name}={name}._modidx:d"],

@@ -1,0 +1,170 @@
+"""Before and after: the measurements behind single choices of the library."""
+import copy
+import shutil
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import transforms as T
+
+from benchmarks.contenders import Contender, loader
+from benchmarks.measure import interleaved, timed
+from benchmarks.work import RATE, TEMPERATURE, Work, first
+from kd_arbitrary.balance import balance
+from kd_arbitrary.core import generator, to_float
+from kd_arbitrary.distill import kl
+from kd_arbitrary.models import PairNorm
+from kd_arbitrary.sources import make_source
+from kd_arbitrary.views import make_views
+
+
+def train_step(
+    work: Work,
+    model: nn.Module,
+    batch_size: int,
+    bfloat16: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
+    **adam,  # of AdamW
+) -> Callable:
+    "One update on a fixed batch."
+    ts = first(work, batch_size)
+    x, scores = to_float(ts.images).to(work.device), ts.scores.to(work.device)
+    if channels_last: model.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, **(adam or dict(fused=True)))
+    loss_of = lambda: kl(model(x), scores, "logits", TEMPERATURE)
+    if compiled: loss_of = torch.compile(loss_of)
+    def go():
+        with torch.autocast(torch.device(work.device).type, torch.bfloat16, enabled=bfloat16): loss = loss_of()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    return go
+
+
+def forward(model: nn.Module, x) -> Callable:
+    "Inference."
+    def go():
+        with torch.inference_mode(): model(x)
+    return go
+
+
+def to_image(model: nn.Module, x) -> Callable:
+    "The gradient of a logit to the images, as filling a class needs it."
+    x = x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(model(x)[:, 0].sum(), x)
+
+
+def back_and_forth(layer: nn.Module, x) -> Callable:
+    "A layer's forward pass and gradient."
+    x = x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(layer(x).sum(), x)
+
+
+def both(work: Work, b: int) -> dict[str, tuple[int, dict]]:
+    "What the library's own layers bring: the same network with PyTorch's."
+    x = to_float(work.transfer.images[:b]).to(work.device)
+    fast, own = work.teachers["fast"].module, work.teachers["stock"].module
+    train = lambda m: train_step(work, copy.deepcopy(m).train().requires_grad_(), b)
+    return {
+        "teacher, training step": (b, {"PyTorch's layers": train(own), "library's layers": train(fast)}),
+        "student, training step": (b, {"PyTorch's layers": train_step(work, work.student("stock"), b),
+                                       "library's layers": train_step(work, work.student("fast"), b)}),
+        "teacher, inference": (b, {"PyTorch's layers": forward(own, x), "library's layers": forward(fast, x)}),
+        "teacher, gradient to the image": (b, {"PyTorch's layers": to_image(own, x), "library's layers": to_image(fast, x)})}
+
+
+def norms(work: Work, b: int) -> dict[str, tuple[int, dict]]:
+    "The two normalisations of AlexNet's first layers, at their sizes."
+    x = [torch.rand(b, c, s, s, device=work.device) for c, s in ((48, 32), (128, 15))]
+    each = lambda layer: [back_and_forth(layer, y) for y in x]
+    run = lambda calls: lambda: [go() for go in calls]
+    return {"LRN of AlexNet, forward and gradient": (b, {"LocalResponseNorm(2)": run(each(nn.LocalResponseNorm(2))), "PairNorm": run(each(PairNorm()))})}
+
+
+def switches(work: Work, b: int) -> dict[str, tuple[int, dict]]:
+    "What is said to make training faster, tried on the student."
+    step = lambda **how: train_step(work, work.student("fast"), b, **how)
+    return {"student, training step: number format": (b, {"float32": step(), "channels last": step(channels_last=True), "bfloat16": step(bfloat16=True),
+                                                          "bfloat16, channels last": step(bfloat16=True, channels_last=True)}),
+            "student, training step: AdamW": (b, {"as PyTorch chooses": step(foreach=None), "foreach": step(foreach=True), "fused": step(fused=True)})}
+
+
+def formats(work: Work, b: int) -> dict[str, tuple[int, dict]]:
+    "The same for the teacher's answers."
+    x = to_float(work.transfer.images[:b]).to(work.device)
+    net = work.teachers["fast"].module
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    def cast(go):
+        def inside():
+            with torch.autocast(torch.device(work.device).type, torch.bfloat16): go()
+        return inside
+    return {"teacher, inference: number format": (b, {"float32": forward(net, x), "channels last": forward(last, x), "bfloat16": cast(forward(net, x)),
+                                                      "bfloat16, channels last": cast(forward(last, x))})}
+
+
+def data(work: Work, b: int) -> dict[str, tuple[int, dict]]:
+    "Where a batch comes from, and what a view costs."
+    ts, g = work.transfer, generator("micro")
+    n = min(len(ts), 8 * b)
+    images, order, views = ts.images[:n], torch.randperm(n), make_views("affine")
+    peer = lambda regime: loader(work, Contender("", regime, "stock", b), n)
+    def slices(apply):
+        def go():
+            for index in order.split(b):
+                x = to_float(images[index])
+                if apply: apply(x, g)
+        return go
+    def through(batches):
+        def go():
+            for _ in batches: pass
+        return go
+    return {"a batch of the set": (n, {"DataLoader and transforms": through(peer("cached")), "slices of a tensor": slices(None)}),
+            "a batch of affine views": (n, {"DataLoader and RandomAffine": through(peer("views")), "whole batches": slices(views)})}
+
+
+def asked(work: Work, sizes: tuple[int, ...]) -> dict[str, tuple[int, dict]]:
+    "The teacher by the number of images it is asked about at a time."
+    teacher, n = work.teachers["fast"], min(len(work.transfer), max(sizes))
+    images = work.transfer.images[:n]
+    return {"teacher, inference by batch size": (n, {str(b): (lambda b=b: teacher(images, b)) for b in sizes if b <= n})}
+
+
+def balanced(work: Work, n: int, repeats: int) -> list[dict]:
+    "Seconds to draw noise for the teacher, as it comes and filled."
+    out = dict(name="balance, gaussian noise", items=n, runs={})
+    source = make_source("gaussian", work.pair.shape)
+    for _ in range(repeats):
+        for strategy in ("none", "fill"):
+            report = []
+            t = timed(lambda: report.append(balance(source, work.teachers["fast"], n, strategy, empty="keep", show=False)[1]), work.device)
+            out["runs"].setdefault(strategy, []).append(t)
+            out.setdefault("report", {})[strategy] = report[0].to_dict()
+    return [out]
+
+
+def compiled(work: Work, b: int, repeats: int) -> list[dict]:
+    "torch.compile on the student, if there is a compiler; its first call apart."
+    if not (shutil.which("g++") or shutil.which("clang++")) and torch.device(work.device).type == "cpu": return []
+    go = train_step(work, work.student("fast"), b, compiled=True)
+    start = time.perf_counter()
+    go()
+    once = time.perf_counter() - start
+    return [dict(name="student, training step: torch.compile", items=b, compile_seconds=once,
+                 runs=interleaved({"eager": train_step(work, work.student("fast"), b), "compiled": go}, repeats, 20, work.device))]
+
+
+def micro(
+    work: Work,
+    name: str,  # of the pair
+    batch_size: int,
+    repeats: int,
+    inner: int,  # calls per measurement
+) -> list[dict]:  # name, items (images per call), runs (label to seconds per call)
+    "All before-and-after pairs that concern this pair of networks."
+    tables = switches(work, batch_size) | formats(work, batch_size)
+    if name == "lenet": tables = both(work, batch_size) | tables | data(work, batch_size) | asked(work, (64, 128, 256, 512, 1024, 2048))
+    if name == "alexnet": tables = norms(work, batch_size) | both(work, batch_size) | tables | asked(work, (16, 32, 64, 128, 256))
+    return [dict(name=k, items=n, runs=interleaved(calls, repeats, 1 if "batch" in k else inner, work.device)) for k, (n, calls) in tables.items()]
