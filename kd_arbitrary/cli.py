@@ -31,8 +31,8 @@ from .balance import STRATEGIES
 from .core import pick, write_atomic
 from .data import NATURAL
 from .distill import LOSSES
-from .experiment import GIVEN, SIZES, Run, claim, execute
-from .grids import GRIDS, MIXTURE, estimate, select
+from .experiment import GIVEN, SIZES, Run, claim, execute, updates
+from .grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .models import MODELS
 from .noise import NOISE
 from .plot import class_histogram, summary
@@ -322,16 +322,31 @@ def _experiment(version: Version = False): pass
 
 @experiment_app.command("list")
 def list_grids(only: Only = None, results: Results = RESULTS, device: Device = "cpu", debug: Debug = False):
-    "Show all grids: runs, seconds a run, and how long what is left takes on one core."
+    "Show all grids: what they ask, runs, steps and seconds a run, and how long what is left takes on one core."
     with exit_with(1, debug):
-        typer.echo(f"{'grid':<20}{'runs':>8}{'s a run':>10}{'all':>12}{'left':>12}")
-        for name, grid in GRIDS.items():
-            runs = select(grid(), only)
-            if not runs: continue
-            seconds = estimate(runs, read_records(results / name), _device(device))
-            states = grid_status(runs, results / name)
-            left = sum(s for run, s in zip(runs, seconds) if states[run.key] != "done")
-            typer.echo(f"{name:<20}{len(runs):>8,}{sum(seconds) / len(runs):>10,.1f}{_duration(sum(seconds)):>12}{_duration(left):>12}")
+        torch.set_num_threads(1)
+        grids = {name: select(grid(), only) for name, grid in GRIDS.items()}
+        records = {name: read_records(results / name) for name in grids}
+        seconds = iter(estimate(sum(grids.values(), []), sum(records.values(), []), _device(device)))
+        typer.echo(f"{'grid':<18}{'runs':>6}{'steps a run':>13}{'s a run':>9}{'all':>11}{'left':>11}   not measured")
+        for name, runs in grids.items():
+            if runs: typer.echo(_listed(name, runs, [next(seconds) for _ in runs], grid_status(runs, results / name)))
+
+
+def _listed(
+    name: str,  # of a grid
+    runs: list[Run],  # of it, at least one
+    seconds: list[float | None],  # of `estimate`
+    states: dict[str, str],  # of `grid_status`
+) -> str:  # two lines
+    "A grid in numbers, and what it asks."
+    known = {run.key: s for run, s in zip(runs, seconds) if s is not None}
+    left = sum(s for key, s in known.items() if states[key] != "done")
+    times = (f"{sum(known.values()) / len(known):,.1f}", _duration(sum(known.values())), _duration(left)) if known else ("-", "-", "-")
+    rest = [run for run in runs if run.key not in known]
+    note = f"{len(rest):,} runs, {sum(step_flops(run) * updates(run) for run in rest) / 1e15:,.1f} PFLOP" if rest else ""
+    row = f"{name:<18}{len(runs):>6,}{sum(map(updates, runs)) / len(runs):>13,.0f}" + "{:>9}{:>11}{:>11}   ".format(*times) + note
+    return row.rstrip() + f"\n    {GRIDS[name].__doc__ or ''}".rstrip()
 
 
 @experiment_app.command("run")
@@ -406,11 +421,13 @@ def grid_table(
     records: list[dict],  # those there are
     value: str = "accuracy",  # a column of `records_frame`
 ):  # a table of text
-    "One row for each combination of what varies in the grid, one column for each way to balance."
+    "One row for each combination of what varies in the grid, one column for each way to balance; blank where the grid has no run."
     own = [asdict(run) for run in runs if run.source not in GIVEN] or [asdict(run) for run in runs]
-    varies = [k for k in own[0] if len({c[k] for c in own}) > 1 and k not in ("seed", "balance", "source")]
+    values = lambda field, by: {c[field] for c in own if c["balance"] == by}
+    ways = list(dict.fromkeys(c["balance"] for c in own))
+    varies = [k for k in own[0] if any(len(values(k, by)) > 1 for by in ways) and k not in ("seed", "balance", "source")]
     shares = value in ("accuracy", "accuracy_best", "agreement", "ece")
-    return results_table(grid_frame(runs, records), [*varies, "source"], ["balance"], value, percent=shares)
+    return results_table(grid_frame(runs, records), [*varies, "source"], ["balance"], value, percent=shares, absent="")
 
 # %% ../nbs/15_cli.ipynb #cli-main
 def distill_main() -> None:

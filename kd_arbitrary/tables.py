@@ -127,6 +127,7 @@ def results_table(
     columns: list[str] = ("balance",),  # whose values become columns; empty: one column
     value: str = "accuracy",  # what stands in the cells
     percent: bool = True,  # times 100
+    absent: str = "not run",  # what stands where the frame has no run
 ) -> pd.DataFrame:  # of text, in the order of first appearance
     "Mean ± standard deviation (number of runs) of every cell."
     rows, columns = list(rows), list(columns)
@@ -136,7 +137,7 @@ def results_table(
     cells = pd.Series(cells.values(), pd.MultiIndex.from_tuples(cells, names=rows + columns), dtype=object)
     if not columns: return cells.droplevel([]).to_frame(value)
     order = lambda names: frame.set_index(names).index.unique()
-    return cells.unstack(columns).reindex(index=order(rows), columns=order(columns)).fillna("not run")
+    return cells.unstack(columns).reindex(index=order(rows), columns=order(columns)).fillna(absent)
 
 # %% ../nbs/13c_tables.ipynb #tables-grid
 def grid_frame(

@@ -1,14 +1,20 @@
 """Grids through real executors, and what can happen to them: a killed worker, two processes at once, a full disk."""
-import json, multiprocessing, os, signal, subprocess, sys, time
+import json, multiprocessing, os, pickle, signal, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.io import savemat
+from torchvision.datasets import cifar, svhn
 
-from kd_arbitrary.experiment import Run, execute, now
-from kd_arbitrary.grids import smoke
+from kd_arbitrary.balance import quotas
+from kd_arbitrary.cli import grid_table
+from kd_arbitrary.experiment import Run, execute, now, passes, steps
+from kd_arbitrary.grids import cifar100_full, smoke
 from kd_arbitrary.records import _attempt, grid_status, read_records, run_grid
+from kd_arbitrary.teacher import RECIPES
 
 QUICK = dict(n=300, epochs=1, batch_size=64)
 GRID = [replace(run, **QUICK) for run in smoke()]
@@ -97,3 +103,55 @@ def test_a_failure_is_recorded_and_left_to_the_next_start(root, tmp_path):
     args = (record["config"], tmp_path, tmp_path / ".work", root, "cpu", None)
     assert _attempt(*args, "2000-01-01", False) == "failed" and read_records(tmp_path) == [record]    # it failed after that start
     assert _attempt(*args, now(), False) == "failed" and read_records(tmp_path)[0]["finished"] > record["finished"]
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    "A data root with stand-ins for CIFAR-100 and SVHN, in the official file formats; only the checksums are not theirs."
+    rng, base = np.random.default_rng(0), tmp_path / "cifar-100-python"
+    base.mkdir()
+    for part, n in (("train", 300), ("test", 100)):
+        rows = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        (base / part).write_bytes(pickle.dumps({"data": rows, "fine_labels": [i % 100 for i in range(n)], "coarse_labels": [0] * n}))
+    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class_{i}" for i in range(100)], "coarse_label_names": ["all"]}))
+    savemat(tmp_path / "train_32x32.mat", {"X": rng.integers(0, 256, (32, 32, 3, 150), dtype=np.uint8), "y": np.arange(150)[:, None] % 10 + 1})
+    for reader in (cifar, svhn): monkeypatch.setattr(reader, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    monkeypatch.setitem(RECIPES["cifar100"], "epochs", 1)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:class .* got no image")
+def test_cells_of_cifar100_run_on_stand_ins(published, tmp_path):
+    wanted = [("svhn", "none", "running"), ("svhn", "fill", "running"), ("gaussian", "fill", "batch"), ("original", "none", "running")]
+    cells = [run for run in cifar100_full() if run.seed == 0 and (run.source, run.balance, run.teacher_bn) in wanted and run.teacher == "wrn40_2"]
+    cells = [replace(run, n=110, epochs=1, teacher="wrn16_1", student="wrn16_1") for run in cells]
+    records = run_grid(cells, tmp_path / "records", root=published, show=False)
+    assert [(r["config"]["source"], r["config"]["balance"], r["config"]["teacher_bn"]) for r in records] == wanted and {r["status"] for r in records} == {"done"}
+    assert all(len(r["results"]["per_class"]) == 100 and r["config"]["bfloat16"] for r in records)
+    svhn_none, svhn_fill, *_ = records
+    assert svhn_none["data"] == svhn_fill["data"] == dict(kind="natural", parts=dict(svhn="natural")) and svhn_none["results"]["distinct"] == 110
+    assert svhn_fill["results"]["entropy"] > svhn_none["results"]["entropy"] and sum(svhn_fill["report"]["quota"]) == 110
+    table = grid_table([*cells, *cifar100_full()[:2]], records)
+    assert (table == "not run").sum().sum() == 2 and table.map(lambda cell: cell.endswith("(1)")).sum().sum() == 4
+
+
+@pytest.mark.filterwarnings("ignore:class .* got no image")
+@pytest.mark.parametrize("balance", ["none", "quota", "repeat", "reweight", "fill"])
+def test_updates_are_met_whatever_is_left_of_a_finite_source(root, tmp_path, balance):
+    np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (450, 28, 28), dtype=np.uint8))
+    run = Run(target="digits", source=f"array(path='{tmp_path}/few.npz')", n=400, balance=balance, updates=42, batch_size=64, empty="keep", views="none")
+    record = execute(run, root=root, show=False)
+    left = sum(sum(record["report"][fate]) for fate in ("accepted", "perturbed", "repeated"))
+    assert left < 400 if balance in ("quota", "repeat") else left == 400                # noise: some digits the teacher never sees, so none can be repeated
+    assert record["results"]["updates"] == passes(run, left) * steps(run, left) and abs(record["results"]["updates"] - 42) <= steps(run, left) / 2
+    assert record["config"]["epochs"] is None and len(record["history"]) == passes(run, left)
+
+
+def test_out_of_balance_on_purpose(root):
+    run = Run(target="digits", source="pyramid", n=400, imbalance=10, missing=2, smooth=2, epochs=1, views="none", seed=3)
+    record = execute(run, root=root, show=False)
+    wanted = quotas(400, 10, 10, 2, 3).tolist()
+    assert record["report"]["quota"] == wanted and wanted.count(0) == 2
+    assert [a + p for a, p in zip(record["report"]["accepted"], record["report"]["perturbed"])] == wanted
+    even = execute(replace(run, imbalance=1, missing=0), root=root, show=False)
+    assert even["report"]["quota"] == [40] * 10 and even["results"]["entropy"] > record["results"]["entropy"]
