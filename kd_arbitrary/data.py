@@ -263,6 +263,7 @@ def load_array(
                     raise ValueError(f"it has no array `images`, only {', '.join(archive) or 'nothing'}")
                 need_memory(2 * archive.zip.getinfo("images.npy").file_size, "unpacking it", "cut it into several files")
                 x = archive["images"]
+        if not isinstance(x, np.ndarray): raise ValueError("what it holds is no array")
     except Exception as e:                                                    # a broken file may raise anything
         raise ValueError(f"{path} is not a usable .npz or .npy file: {e or type(e).__name__}") from e
     if x.dtype != np.uint8:

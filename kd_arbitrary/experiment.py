@@ -166,7 +166,7 @@ def claim(
     path, config = Path(folder) / "run.json", json.loads(json.dumps(config))
     if not path.exists(): return write_atomic(path, json.dumps(config, indent=1) + "\n") and None
     try: theirs = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError): raise ValueError(f"{path} is damaged; delete the folder {folder} or name another") from None
+    except (ValueError, TypeError, RecursionError): raise ValueError(f"{path} is damaged; delete the folder {folder} or name another") from None
     same_run(path, without_neutral(theirs), without_neutral(config))
 
 # %% ../nbs/13_experiment.ipynb #experiment-original

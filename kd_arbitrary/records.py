@@ -50,7 +50,8 @@ def _decode(
     except (ValueError, RecursionError):
         if ours and not text.endswith("}\n"): raise RecordError("half-cut", path, f"it ends after {len(text)} characters") from None
         raise RecordError("damaged" if ours else "foreign", path, "it cannot be read as JSON") from None
-    if not ours or not {"key", "version", "sha256", "status", "config"} <= set(record):
+    kinds = dict(key=str, version=int, sha256=str, status=str, config=dict)
+    if not ours or not all(type(record.get(k)) is kind for k, kind in kinds.items()):
         raise RecordError("foreign", path, "it is not a record of kd_arbitrary")
     return record
 

@@ -133,10 +133,11 @@ def _continue(
     "Where the last run stopped; a `ValueError` for a file of another run, or a damaged one."
     tensors, meta = load_tensors(path, "checkpoint")
     try:
-        same_run(path, dict(meta["config"]), config)
         history, numbers = meta["history"], dict(epoch=int, loss=float, lr=float, seconds=float)
-        if not all(type(h[k]) is t for h in history for k, t in numbers.items()) or type(meta["updates"]) is not int: raise TypeError("its history is none")
-        return Fit(list(history), _restore(tensors, model, optimiser), meta["updates"], len(history))
+        kinds = [(meta["config"], dict), (history, list), (meta["updates"], int), *((h[k], t) for h in history for k, t in numbers.items())]
+        if not all(type(value) is kind for value, kind in kinds): raise TypeError("what it says of itself makes no sense")
+        same_run(path, meta["config"], config)
+        return Fit(history, _restore(tensors, model, optimiser), meta["updates"], len(history))
     except (TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"{path} is damaged: {e}; delete it to start over") from None
 

@@ -164,11 +164,11 @@ def memory_needed(
     kept, largest = footprint(teacher.module, teacher.input_shape) if teacher.whitebox else (0, floats)
     sets = 0 if mapped else 1 if strategy in ("none", "reweight") else 2
     ask = ASKED * (floats + 2 * largest)
-    passing = max(DRAWN * 3 * floats, DRAWN * floats + ask, NUDGED * (kept + 6 * floats) if strategy in ("fill", "impress") else 0)
+    passing = max(DRAWN * floats + ask, NUDGED * (kept + 6 * floats) if strategy in ("fill", "impress") else 0)
     out = dict(balance=int(n * (sets * row + (64 if strategy in ("fill", "impress") else 16)) + passing))
     if student is not None:
         kept, wide = footprint(student, teacher.input_shape)
         weights = sum(t.numel() * t.element_size() for t in student.state_dict().values())
         step, look = batch_size * (4 * floats + 1.5 * kept + 2 * largest), ASKED * (floats + 2 * wide)
-        out["distill"] = int(n * (cached_views * row + 40) + max(step, look, ask if cached_views else 0) + 9 * weights)
+        out["distill"] = int(n * (cached_views * row + 40) + max(step, look, ask + 4 * ASKED * floats if cached_views else 0) + 9 * weights)
     return out
