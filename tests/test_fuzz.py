@@ -18,6 +18,7 @@ from kd_arbitrary.teacher import Teacher, load_model, save_model
 from kd_arbitrary.train import fit
 from kd_arbitrary.transfer import TransferSet, label
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")          # what it says of broken pictures before it gives up
 SHAPE, ROOM, SECONDS = (1, 4, 4), 768 << 20, 5       # a file of a few kilobytes needs neither so many bytes nor so long
 ODD = [None, True, -1, 0, 1, 3.5, 1e308, float("nan"), 2**70, -2**63, "", "x" * 50, "../../x", "F64", "I8", [], {}, [[]], [0, 0], [0, 2**62], [2**40] * 3,
        [-1, 5], {"a": 1}, ["a"], [None], {"dtype": "F32"}, 10**6]
