@@ -213,6 +213,7 @@ def balance(
     missing: int = 0,  # classes that get no image, for the same
     show: bool = True,  # progress bars
     smooth: float = 0.0,  # blur of the gradient in `fill`, in pixels; see `push`
+    note: dict | None = None,  # what else its `info` should say
     path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
@@ -251,7 +252,7 @@ def balance(
     ints = lambda t: tuple(t.tolist())
     report = FillReport(strategy, n, teacher.classes, int(seen.sum()), teacher.queries - asked, time.perf_counter() - start, ints(seen),
                         ints(accepted), ints(perturbed), ints(repeated), ints(short))
-    info = dict(source=source.text, parts=list(source.parts), seed=seed, strategy=strategy, report=report.to_dict())
+    info = dict(source=source.text, parts=list(source.parts), seed=seed, strategy=strategy, report=report.to_dict()) | (note or {})
     ts = make_set(*kept.rows(), teacher, weights, **info)
     if path: return TransferSet.load(ts.save(path, order)), report
     return ts if order is None else ts.select(order), report

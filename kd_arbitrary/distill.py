@@ -145,6 +145,7 @@ def distill(
             out["agreement"] = torch.cat(same).float().mean().item()
         return out
 
+    if bfloat16 and teacher.module is not None: teacher.module.to(memory_format=torch.channels_last)      # as `fit` does with the student
     config = dict(transfer=_fingerprint(transfer), teacher=teacher.fingerprint, loss=loss, temperature=temperature, views=views,
                   relabel=relabel, cached_views=copies, holdout=holdout)
     run = fit(student, loss_of, n, epochs=epochs, batch_size=batch_size, lr=lr, weights=weights, measure=measure,

@@ -69,7 +69,7 @@ def evaluate(
     labels: Tensor,  # [N] int64, their classes
     *,
     teacher: Teacher | None = None,  # asked about the same images, N queries; None: no agreement
-    batch_size: int = 1024,  # images at a time
+    batch_size: int = 256,  # images at a time
     device: str | torch.device = "cpu",  # where the model is
 ) -> dict:  # accuracy, per_class (list of recalls), ece, agreement, all in [0, 1] or None; n
     "What a model does on labelled images, in plain numbers."

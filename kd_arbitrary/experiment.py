@@ -12,7 +12,7 @@ import json
 import math
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -208,11 +208,8 @@ def _transfer_set(
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
         return ts
-    ts, _ = balance(source, teacher, run.n, run.balance, seed=run.seed, limit=run.limit, empty=run.empty, smooth=run.smooth,
-                    imbalance=run.imbalance, missing=run.missing, show=show)
-    ts = replace(ts, info=ts.info | dict(run=wanted))
-    if path: ts.save(path)
-    return ts
+    return balance(source, teacher, run.n, run.balance, seed=run.seed, limit=run.limit, empty=run.empty, smooth=run.smooth,
+                   imbalance=run.imbalance, missing=run.missing, show=show, path=path, note=dict(run=wanted))[0]
 
 # %% ../nbs/13_experiment.ipynb #experiment-teach
 def _from_transfer(

@@ -102,7 +102,7 @@ class Teacher:
     def __call__(
         self,
         images: Tensor,  # [N, C, H, W], uint8 or float
-        batch_size: int = 1024,  # images asked about at a time
+        batch_size: int = 256,  # images asked about at a time
     ) -> Tensor:  # [N, K] float32 on the teacher's device for device images, else the CPU
         "What the teacher says of the images: logits, probabilities, or one-hot labels."
         check_images(images, self.input_shape)

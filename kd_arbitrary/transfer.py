@@ -144,7 +144,7 @@ def diagnose(
                 effective_rank=float(torch.special.entr(s).sum().exp()))
 
 # %% ../nbs/09_transfer.ipynb #transfer-memory
-DRAWN, ASKED, NUDGED = 2048, 1024, 512  # images drawn, asked about and nudged at a time
+DRAWN, ASKED, NUDGED = 2048, 256, 512  # images drawn, asked about and nudged at a time
 
 
 def memory_needed(
