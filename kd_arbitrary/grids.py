@@ -52,7 +52,8 @@ LONG_VIEWS = dict(mnist="affine+mixup", fmnist="mixup")  # target -> views that 
 def impressions() -> list[Run]:
     "MNIST and Fashion-MNIST, no real image, long training: impressions over all ten kinds; strokes, glyphs and noise, filled."
     ways = (dict(source=EVERYTHING, balance="impress", n=40_000, epochs=50), dict(source="strokes+glyphs+pyramid", smooth=2.0, n=2 * N, epochs=30))
-    return [Run(target=t, views=v, seed=seed, **way) for seed in range(3) for t, v in LONG_VIEWS.items() for way in ways]
+    longer = [Run(target="mnist", views=LONG_VIEWS["mnist"], seed=seed, **ways[1] | dict(epochs=60)) for seed in range(3)]
+    return [Run(target=t, views=v, seed=seed, **way) for seed in range(3) for t, v in LONG_VIEWS.items() for way in ways] + longer
 
 # %% ../nbs/13b_grids.ipynb #grids-balance
 NEAR = dict(mnist="fmnist", fmnist="mnist")  # target -> natural images that resemble it
