@@ -177,6 +177,7 @@ def _fill(
     own = (kept if len(kept) else spare).rows()[1].topk(2, 1).values
     if teacher.gives == "probabilities": own = own.clamp_min(1e-12).log()
     gaps = (own[:, 0] - own[:, 1]).clamp_min(1e-3)
+    made = torch.zeros(len(pool), len(short), dtype=torch.bool)             # which picture was sent where: no second time, that would be a copy
     bar = progress(None, "filling", int(short.sum()), show)
     for attempt in range(rounds):
         g = generator(seed, "fill", attempt)
@@ -188,8 +189,9 @@ def _fill(
             images = (impress(pool[i], to, teacher, seed=int(torch.randint(2**31, (), generator=g))) if lasting
                       else push(pool[i], to, d, teacher, smooth=smooth))
             scores = teacher(images)
-            right = scores.argmax(1) == to
+            right = (scores.argmax(1) == to) & ~made[i, to]
             kept.add(images[right], scores[right], origin[i][right])
+            made[i[right], to[right]] = True
             short -= torch.bincount(to[right], minlength=len(short))
             bar.update(int(right.sum()))
         if not short.sum(): break
