@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from torchvision import transforms as T
 
 from benchmarks.work import RATE, TEMPERATURE, VIEWS, Work, first, plain, steps
-from kd_arbitrary.core import generator, to_float
+from kd_arbitrary.core import to_float
 from kd_arbitrary.distill import distill, kl
 from kd_arbitrary.transfer import label
 from kd_arbitrary.views import mixup

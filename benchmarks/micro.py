@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torchvision import transforms as T
 
 from benchmarks.contenders import Contender, loader
 from benchmarks.measure import interleaved, timed

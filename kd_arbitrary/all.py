@@ -6,13 +6,12 @@
 __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generator', 'TARGETS', 'Target', 'load_natural',
            'load_target', 'Distilled', 'distill', 'recalibrate', 'evaluate', 'GRIDS', 'Run', 'execute', 'read_records',
            'run_grid', 'MODELS', 'count_flops', 'count_parameters', 'make_model', 'accuracy_bars', 'class_histogram',
-           'fill_bars', 'learning_curves', 'records_frame', 'results_table', 'sheet', 'summary', 'Source',
-           'make_source', 'Teacher', 'load_model', 'save_model', 'train_teacher', 'TransferSet', 'diagnose',
-           'histogram_entropy', 'label']
+           'fill_bars', 'learning_curves', 'records_frame', 'results_table', 'sheet', 'summary', 'impress', 'push',
+           'survival', 'Source', 'make_source', 'Teacher', 'load_model', 'save_model', 'train_teacher', 'TransferSet',
+           'diagnose', 'histogram_entropy', 'label']
 
 # %% ../nbs/16_all.ipynb #all-imports
 from .balance import STRATEGIES, FillReport, balance
-from .push import push, survival
 from .core import adapt, data_root, generator
 from .data import TARGETS, Target, load_natural, load_target
 from .distill import Distilled, distill, recalibrate
@@ -21,6 +20,7 @@ from .experiment import Run, execute
 from .grids import GRIDS
 from .models import MODELS, count_flops, count_parameters, make_model
 from .plot import accuracy_bars, class_histogram, fill_bars, learning_curves, sheet, summary
+from .push import impress, push, survival
 from .records import read_records, run_grid
 from .sources import Source, make_source
 from .tables import records_frame, results_table
@@ -32,4 +32,4 @@ _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator
          "Distilled", "distill", "recalibrate", "evaluate", "GRIDS", "Run", "execute", "read_records", "run_grid",
          "MODELS", "count_flops", "count_parameters", "make_model",
          "accuracy_bars", "class_histogram", "fill_bars", "learning_curves", "records_frame", "results_table", "sheet", "summary",
-         "Source", "make_source", "Teacher", "load_model", "save_model", "train_teacher", "TransferSet", "diagnose", "histogram_entropy", "label"]
+         "impress", "push", "survival", "Source", "make_source", "Teacher", "load_model", "save_model", "train_teacher", "TransferSet", "diagnose", "histogram_entropy", "label"]

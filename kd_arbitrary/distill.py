@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/11_distill.ipynb #distill-imports-core
-from .core import generator, need_memory, pick, to_float
+from .core import generator, need_memory, pick, to_float, to_stored
 from .teacher import Teacher
 from .train import fit, predict
 from .transfer import TransferSet, memory_needed
@@ -72,7 +72,7 @@ def cache_views(
         g = generator(seed, "cached views", v)
         for i in torch.arange(len(rows)).split(batch_size):
             y = apply(to_float(transfer.images[rows[i]]), g)
-            y = (y * 255).round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else y.to(images.dtype)
+            y = to_stored(y, images.dtype)
             images[v * len(rows) + i], scores[v * len(rows) + i] = y, teacher(y)
     return images, scores
 

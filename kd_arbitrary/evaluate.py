@@ -24,7 +24,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from . import __version__
 from .core import check_images
 from .teacher import Teacher
-from .train import predict
+from .train import ASKED, predict
 
 # %% ../nbs/12_evaluate.ipynb #evaluate-agreement
 def agreement(
@@ -69,7 +69,7 @@ def evaluate(
     labels: Tensor,  # [N] int64, their classes
     *,
     teacher: Teacher | None = None,  # asked about the same images, N queries; None: no agreement
-    batch_size: int = 256,  # images at a time
+    batch_size: int = ASKED,  # images at a time
     device: str | torch.device = "cpu",  # where the model is
 ) -> dict:  # accuracy, per_class (list of recalls), ece, agreement, all in [0, 1] or None; n
     "What a model does on labelled images, in plain numbers."

@@ -29,6 +29,7 @@ from .distill import LOSSES, distill
 from .evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from .models import MODELS, make_model
 from .noise import NOISE
+from .push import check_smooth
 from .sources import FILES, Part, Source, make_part, make_source, parse_source
 from .synthetic import SYNTHETIC
 from .teacher import RECIPES, Teacher, save_model, train_teacher
@@ -150,7 +151,7 @@ def _check(
     for name in ("epochs", "updates", "batch_size", "cached_views", "lr", "temperature"):
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf): raise ValueError(f"{name} must be positive, got {value}")
-    if not 0 <= run.smooth < min(shape[1:]) / 4: raise ValueError(f"smooth must be from 0 to a quarter of the side in pixels, got {run.smooth}; try 2")
+    check_smooth(run.smooth, shape)
     if not 0 <= run.holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {run.holdout}")
     quotas(run.n, k, run.imbalance, run.missing, run.seed)
     if run.source not in GIVEN: check_source(run.source, run.target)
@@ -202,14 +203,13 @@ def _transfer_set(
     show: bool,  # progress bars
 ) -> TransferSet:
     "The run's transfer set: read from its file where it is the same, else made and kept."
-    fields = ("source", "n", "balance", "limit", "empty", "seed", "smooth", "imbalance", "missing")
-    wanted = without_neutral({f: getattr(run, f) for f in fields}) | dict(teacher=teacher.fingerprint)
+    options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing")}
+    wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
         return ts
-    return balance(source, teacher, run.n, run.balance, seed=run.seed, limit=run.limit, empty=run.empty, smooth=run.smooth,
-                   imbalance=run.imbalance, missing=run.missing, show=show, path=path, note=dict(run=wanted))[0]
+    return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted))[0]
 
 # %% ../nbs/13_experiment.ipynb #experiment-teach
 def _from_transfer(

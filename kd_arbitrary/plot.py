@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'LINE', 'GROUND', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'PALETTE', 'COLOURS', 'STYLE', 'DPI',
-           'FATES', 'COSTS', 'PREDICTORS', 'colours_of', 'sheet', 'class_histogram', 'fill_bars', 'summary',
-           'learning_curves', 'accuracy_bars', 'cost_scatter', 'predictor_scatter']
+           'FATES', 'COSTS', 'PREDICTORS', 'figure', 'plain_log', 'colours_of', 'sheet', 'class_histogram', 'fill_bars',
+           'summary', 'learning_curves', 'accuracy_bars', 'cost_scatter', 'predictor_scatter']
 
 # %% ../nbs/14_plot.ipynb #plot-imports
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ STYLE = {"font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fon
 DPI = 100
 
 
-def _figure(
+def figure(
     width: float,  # inches
     height: float,  # inches
     rows: int = 1,  # of axes
@@ -59,7 +59,7 @@ def _figure(
     return fig, axes
 
 
-def _plain_log(
+def plain_log(
     axis: Axis,  # of a figure whose data are drawn
 ) -> None:
     "A logarithmic axis that is labelled with plain numbers."
@@ -169,7 +169,7 @@ def class_histogram(
     "Images per predicted class, one panel a set, with the entropy of each histogram."
     if not sets: raise ValueError("there are no transfer sets to draw; expected at least one")
     longest = max(len(str(name)) for ts in sets.values() for name in ts.info.get("classes", "x"))
-    fig, axes = _figure(max(2.6, min(8, 1.65 * len(sets))), 1.8 + 0.06 * min(longest, 14) * (longest > 2), 1, len(sets), sharey=True)
+    fig, axes = figure(max(2.6, min(8, 1.65 * len(sets))), 1.8 + 0.06 * min(longest, 14) * (longest > 2), 1, len(sets), sharey=True)
     for ax, (name, ts) in zip(axes, sets.items()):
         counts = _counts(ts)
         ax.bar(range(len(counts)), counts, width=0.8, color=colours_of([name])[name] if name in COLOURS else BLUE)
@@ -191,7 +191,7 @@ def fill_bars(
 ) -> Figure:
     "Accepted, perturbed, repeated and missing images per class, stacked."
     r = report if isinstance(report, FillReport) else FillReport.from_dict(report)
-    fig, (ax,) = _figure(4.2, 1.9)
+    fig, (ax,) = figure(4.2, 1.9)
     base = np.zeros(len(r.classes))
     for fate, colour in FATES.items():
         n = np.array(getattr(r, fate))
@@ -294,7 +294,7 @@ def learning_curves(
     "Held-out agreement and training loss after each epoch."
     histories = {name: r.get("history") or [] if isinstance(r, dict) else r for name, r in runs.items()}
     if not any(histories.values()): raise ValueError("none of the runs has a history; expected a list with one entry per epoch")
-    fig, axes = _figure(5.6, 1.9, 1, 2)
+    fig, axes = figure(5.6, 1.9, 1, 2)
     for (name, h), colour in zip(histories.items(), colours_of(histories).values()):
         for ax, value in zip(axes, ("agreement", "loss")):
             points = [(e["epoch"], e[value]) for e in h if e.get(value) is not None]
@@ -302,7 +302,7 @@ def learning_curves(
     axes[0].set(xlabel="epoch", ylabel="agreement on held-out images")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")
-    _plain_log(axes[1].yaxis)
+    plain_log(axes[1].yaxis)
     for ax in axes: ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     handles = {h.get_label(): h for ax in axes for h in ax.lines}
     fig.legend(handles.values(), handles, loc="outside right center")
@@ -333,7 +333,7 @@ def accuracy_bars(
     given = frame[x].isin(list(reference))
     lines, rows = frame[given], frame[~given]
     rank, colours = _bar_order(rows, x, value), colours_of(rows[hue])
-    fig, (ax,) = _figure(6, 0.7 + len(rank) * (0.12 + 0.13 * len(colours)), grid="x")
+    fig, (ax,) = figure(6, 0.7 + len(rank) * (0.12 + 0.13 * len(colours)), grid="x")
     common = dict(data=rows, y=x, x=value, hue=hue, order=list(rank[x]), hue_order=list(colours), orient="h", ax=ax)
     sns.barplot(**common, palette=colours, errorbar="sd", saturation=1, err_kws=dict(color=INK, linewidth=0.9), width=0.8, alpha=0.85)
     sns.stripplot(**common, palette=dict.fromkeys(colours, "white"), dodge=len(colours) > 1, size=3.2, edgecolor=INK, linewidth=0.6, jitter=False, legend=False)
@@ -370,12 +370,12 @@ def cost_scatter(
     "One marker a run: what it cost and what it reached."
     rows = usable(frame, x, value, hue, style)
     rows = usable(rows[rows[x] > 0], x)
-    fig, (ax,) = _figure(5.2, 2.5, grid="both")
+    fig, (ax,) = figure(5.2, 2.5, grid="both")
     sns.scatterplot(rows, x=x, y=value, hue=hue, style=style, palette=colours_of(rows[hue]), s=34, alpha=0.85, linewidth=0.4, edgecolor="white", ax=ax)
     handles, labels = ax.get_legend_handles_labels()
     ax.legend_.remove()
     ax.set(xscale="log", xlabel=COSTS.get(x, x), ylabel=f"{value} on the target's test set")
-    _plain_log(ax.xaxis)
+    plain_log(ax.xaxis)
     ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     fig.legend(handles, labels, loc="outside right center")
     return fig
@@ -395,7 +395,7 @@ def predictor_scatter(
     rows = usable(frame, x, value, hue)
     points = rows.groupby([c for c in dict.fromkeys((hue, *SETTING)) if c in rows], dropna=False)[[x, value]].mean().reset_index()
     colours = colours_of(rows[hue])
-    fig, (ax,) = _figure(3.9, 2.5, grid="both")
+    fig, (ax,) = figure(3.9, 2.5, grid="both")
     sns.scatterplot(rows, x=x, y=value, hue=hue, hue_order=list(colours), palette=colours, s=9, alpha=0.5, linewidth=0, legend=False, ax=ax)
     sns.scatterplot(points, x=x, y=value, hue=hue, hue_order=list(colours), palette=colours, s=42, linewidth=0.5, edgecolor="white", ax=ax)
     ax.legend_.remove()

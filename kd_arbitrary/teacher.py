@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .core import check_images, data_root, load_tensors, pick, save_tensors, to_float, write_atomic
 from .data import Target
 from .models import make_model
-from .train import fit, predict
+from .train import ASKED, fit, predict
 from .views import make_views
 
 # %% ../nbs/08_teacher.ipynb #teacher-check
@@ -102,7 +102,7 @@ class Teacher:
     def __call__(
         self,
         images: Tensor,  # [N, C, H, W], uint8 or float
-        batch_size: int = 256,  # images asked about at a time
+        batch_size: int = ASKED,  # images asked about at a time
     ) -> Tensor:  # [N, K] float32 on the teacher's device for device images, else the CPU
         "What the teacher says of the images: logits, probabilities, or one-hot labels."
         check_images(images, self.input_shape)
