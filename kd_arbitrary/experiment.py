@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 
 # %% ../nbs/13_experiment.ipynb #experiment-imports-core
-from .balance import STRATEGIES, balance, quotas
+from .balance import STRATEGIES, balance, check_impressed, quotas
 from .core import data_root, pick, write_atomic
 from .data import NATURAL, Target, load_target
 from .distill import LOSSES, distill
@@ -45,7 +45,7 @@ SIZES = dict(  # target -> (training images, shape, classes): what must be known
     digits=(1397, (1, 28, 28), 10), mnist=(60_000, (1, 28, 28), 10), fmnist=(60_000, (1, 28, 28), 10),
     cifar10=(50_000, (3, 32, 32), 10), cifar100=(50_000, (3, 32, 32), 100),
 )
-LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0)  # fields that older records lack -> the neutral value
+LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0)  # fields that older records lack -> the neutral value
 
 
 def without_neutral(
@@ -91,6 +91,7 @@ class Run:
     smooth: float = 0.0  # blur of the gradient in `fill`, in pixels
     imbalance: float = 1.0  # wanted share of the most frequent class over that of the rarest, >= 1
     missing: int = 0  # classes that get no image, 0 .. K - 2
+    impressed: float = 1.0  # share of each class that `impress` makes, in (0, 1]
 
     def __post_init__(self):
         for name, value in _resolved(self).items(): object.__setattr__(self, name, value)
@@ -113,7 +114,7 @@ def _resolved(
     out = dict(source=source, teacher=run.teacher or recipe["arch"], student=run.student or recipe["half"],
                relabel=run.views != "none" if run.relabel is None else bool(run.relabel),
                lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout), imbalance=float(run.imbalance),
-               smooth=float(run.smooth) if run.balance == "fill" else 0.0,
+               smooth=float(run.smooth) if run.balance == "fill" else 0.0, impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
     if run.balance in ("none", "reweight"): out |= dict(limit=None, imbalance=1.0, missing=0)
@@ -121,7 +122,7 @@ def _resolved(
     if source != "labels": return out
     keep = "+".join(v for v in run.views.split("+") if v not in ("mixup", "cutmix")) or "none"
     return out | dict(views=keep, balance="none", limit=None, empty="refuse", teacher_bn="running", relabel=False, cached_views=1,
-                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0)
+                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0)
 
 
 @lru_cache
@@ -151,7 +152,7 @@ def _check(
     for name in ("epochs", "updates", "batch_size", "cached_views", "lr", "temperature"):
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf): raise ValueError(f"{name} must be positive, got {value}")
-    check_smooth(run.smooth, shape)
+    check_smooth(run.smooth, shape), check_impressed(run.impressed)
     if not 0 <= run.holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {run.holdout}")
     quotas(run.n, k, run.imbalance, run.missing, run.seed)
     if run.source not in GIVEN: check_source(run.source, run.target)
@@ -203,7 +204,7 @@ def _transfer_set(
     show: bool,  # progress bars
 ) -> TransferSet:
     "The run's transfer set: read from its file where it is the same, else made and kept."
-    options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing")}
+    options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
     if path and path.exists():
         ts = TransferSet.load(path)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'NEAR', 'STUDY', 'PAIRS', 'WIDE', 'GRIDS', 'PROBED',
-           'ALIKE', 'smoke', 'first_results', 'image_free', 'impressions', 'balance_study', 'mosaic_confound',
-           'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'select', 'step_flops',
-           'probe', 'estimate']
+           'ALIKE', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'balance_study',
+           'mosaic_confound', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../nbs/13b_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -54,6 +54,12 @@ def impressions() -> list[Run]:
     ways = (dict(source=EVERYTHING, balance="impress", n=40_000, epochs=50), dict(source="strokes+glyphs+pyramid", smooth=2.0, n=2 * N, epochs=30))
     longer = [Run(target="mnist", views=LONG_VIEWS["mnist"], seed=seed, **ways[1] | dict(epochs=60)) for seed in range(3)]
     return [Run(target=t, views=v, seed=seed, **way) for seed in range(3) for t, v in LONG_VIEWS.items() for way in ways] + longer
+
+
+def developed() -> list[Run]:
+    "MNIST and Fashion-MNIST, no real image: 90,000 strokes, glyphs and noise pictures, a third of them impressions, CutMix; a recipe developed on another task."
+    recipe = dict(source="strokes+glyphs+pyramid", balance="impress", impressed=1 / 3, n=90_000, views="affine+cutmix", epochs=30)
+    return [Run(target=t, seed=seed, **recipe) for seed in range(3) for t in ("mnist", "fmnist")]
 
 # %% ../nbs/13b_grids.ipynb #grids-balance
 NEAR = dict(mnist="fmnist", fmnist="mnist")  # target -> natural images that resemble it
@@ -133,7 +139,7 @@ def cifar100_full() -> list[Run]:
     return _full("cifar100", "cifar10")
 
 # %% ../nbs/13b_grids.ipynb #grids-all
-GRIDS = {"smoke": smoke, "first-results": first_results, "image-free": image_free, "impressions": impressions, "balance-study": balance_study, "mosaic-confound": mosaic_confound,
+GRIDS = {"smoke": smoke, "first-results": first_results, "image-free": image_free, "impressions": impressions, "developed": developed, "balance-study": balance_study, "mosaic-confound": mosaic_confound,
          "imbalance": imbalance, "sizes": sizes, "one-factor": one_factor, "cifar10-small": cifar10_small, "cifar10": cifar10_full, "cifar100": cifar100_full}
 
 
