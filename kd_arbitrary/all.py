@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generator', 'TARGETS', 'Target', 'load_natural',
            'load_target', 'Distilled', 'distill', 'recalibrate', 'evaluate', 'GRIDS', 'Run', 'execute', 'read_records',
-           'run_grid', 'MODELS', 'count_flops', 'count_parameters', 'make_model', 'accuracy_bars', 'class_histogram',
-           'fill_bars', 'learning_curves', 'records_frame', 'results_table', 'sheet', 'summary', 'impress', 'push',
-           'survival', 'Source', 'make_source', 'Teacher', 'load_model', 'save_model', 'train_teacher', 'TransferSet',
-           'diagnose', 'histogram_entropy', 'label']
+           'run_grid', 'MODELS', 'count_flops', 'count_parameters', 'inherit', 'make_model', 'accuracy_bars',
+           'class_histogram', 'fill_bars', 'learning_curves', 'records_frame', 'results_table', 'sheet', 'summary',
+           'impress', 'push', 'survival', 'Source', 'make_source', 'Teacher', 'load_model', 'save_model',
+           'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy', 'label']
 
 # %% ../nbs/16_all.ipynb #all-imports
 from .balance import STRATEGIES, FillReport, balance
@@ -18,7 +18,7 @@ from .distill import Distilled, distill, recalibrate
 from .evaluate import evaluate
 from .experiment import Run, execute
 from .grids import GRIDS
-from .models import MODELS, count_flops, count_parameters, make_model
+from .models import MODELS, count_flops, count_parameters, inherit, make_model
 from .plot import accuracy_bars, class_histogram, fill_bars, learning_curves, sheet, summary
 from .push import impress, push, survival
 from .records import read_records, run_grid
@@ -30,6 +30,6 @@ from .transfer import TransferSet, diagnose, histogram_entropy, label
 # %% ../nbs/16_all.ipynb #all-names
 _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator", "TARGETS", "Target", "load_natural", "load_target",
          "Distilled", "distill", "recalibrate", "evaluate", "GRIDS", "Run", "execute", "read_records", "run_grid",
-         "MODELS", "count_flops", "count_parameters", "make_model",
+         "MODELS", "count_flops", "count_parameters", "inherit", "make_model",
          "accuracy_bars", "class_histogram", "fill_bars", "learning_curves", "records_frame", "results_table", "sheet", "summary",
          "impress", "push", "survival", "Source", "make_source", "Teacher", "load_model", "save_model", "train_teacher", "TransferSet", "diagnose", "histogram_entropy", "label"]

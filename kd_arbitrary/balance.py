@@ -21,7 +21,7 @@ from torch import Tensor
 
 # %% ../nbs/10_balance.ipynb #balance-imports-core
 from .core import generator, need_memory, pick, progress
-from .push import impress, push
+from .push import impress, push, usual_smooth
 from .sources import Source
 from .teacher import Teacher
 from .transfer import DRAWN, NUDGED, NUDGING, TransferSet, make_set, memory_needed
@@ -165,7 +165,7 @@ def _fill(
     teacher: Teacher,  # white box
     seed: int,  # of who is sent where
     show: bool,  # a progress bar
-    rounds: int = 6,  # attempts
+    rounds: int = 8,  # attempts; from the third on they are sharp, for classes that no smooth step reaches
     smooth: float = 0.0,  # as for `push`
     lasting: bool = False,  # make impressions, which last under views, instead of nudges
 ) -> Tensor:  # [K] what is still missing
@@ -184,7 +184,7 @@ def _fill(
         gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
         for i, to, d in zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED)):
             images = (impress(pool[i], to, teacher, seed=int(torch.randint(2**31, (), generator=g))) if lasting
-                      else push(pool[i], to, d, teacher, smooth=smooth))
+                      else push(pool[i], to, d, teacher, smooth=smooth if attempt < 2 else 0.0))
             scores = teacher(images)
             right = (scores.argmax(1) == to) & ~made[i, to]
             kept.add(images[right], scores[right], origin[i][right])
@@ -240,7 +240,7 @@ def balance(
     imbalance: float = 1.0,  # largest quota over the smallest, not for none and reweight; see `quotas`
     missing: int = 0,  # classes that get no image, for the same
     show: bool = True,  # progress bars
-    smooth: float = 0.0,  # blur of the gradient in `fill`, in pixels; see `push`
+    smooth: float | None = None,  # blur of the gradient in `fill`, in pixels, 0: none; None: that of `usual_smooth`
     impressed: float = 1.0,  # share of each class that `impress` makes, in (0, 1]; the rest is taken as drawn where there is enough
     note: dict | None = None,  # what else its `info` should say
     path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
@@ -261,6 +261,7 @@ def balance(
     perturbed = repeated = torch.zeros_like(want)
     short = torch.zeros_like(want) if asis else want - accepted
     if sharp and short.any():
+        smooth = usual_smooth(source.shape) if smooth is None else smooth
         left = _fill(kept, spare, short, teacher, seed, show, smooth=smooth, lasting=strategy == "impress")
         perturbed, short = short - left, left
     spare, order = None, torch.arange(len(kept))

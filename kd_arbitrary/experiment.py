@@ -27,9 +27,9 @@ from .core import data_root, pick, write_atomic
 from .data import NATURAL, Target, load_target
 from .distill import LOSSES, distill
 from .evaluate import Clock, evaluate, machine, peak_memory_mb, versions
-from .models import MODELS, make_model
+from .models import MODELS, inherit, make_model
 from .noise import NOISE
-from .push import check_smooth
+from .push import check_smooth, usual_smooth
 from .sources import FILES, Part, Source, make_part, make_source, parse_source
 from .synthetic import SYNTHETIC
 from .teacher import RECIPES, Teacher, save_model, train_teacher
@@ -45,7 +45,7 @@ SIZES = dict(  # target -> (training images, shape, classes): what must be known
     digits=(1397, (1, 28, 28), 10), mnist=(60_000, (1, 28, 28), 10), fmnist=(60_000, (1, 28, 28), 10),
     cifar10=(50_000, (3, 32, 32), 10), cifar100=(50_000, (3, 32, 32), 100),
 )
-LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0)  # fields that older records lack -> the neutral value
+LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")  # fields that older records lack -> the neutral value
 
 
 def without_neutral(
@@ -88,10 +88,11 @@ class Run:
     bfloat16: bool = False  # autocast, for wide networks
     seed: int = 0  # of the images, the student's first weights, the order and the views
     updates: int | None = None  # optimiser steps aimed at, whatever the size of the set; None: `epochs` say how long
-    smooth: float = 0.0  # blur of the gradient in `fill`, in pixels
+    smooth: float | None = None  # blur of the gradient in `fill`, in pixels, 0: none; None: that of `usual_smooth`
     imbalance: float = 1.0  # wanted share of the most frequent class over that of the rarest, >= 1
     missing: int = 0  # classes that get no image, 0 .. K - 2
     impressed: float = 1.0  # share of each class that `impress` makes, in (0, 1]
+    init: str = "random"  # what the student begins with: random weights, or those of the "teacher" (`inherit`)
 
     def __post_init__(self):
         for name, value in _resolved(self).items(): object.__setattr__(self, name, value)
@@ -109,12 +110,12 @@ def _resolved(
     run: Run,  # as the user wrote it
 ) -> dict:  # fields to set
     "What was left open, filled in; what plays no part, neutral."
-    size, recipe = pick(SIZES, run.target, "target")[0], RECIPES[run.target]
+    (size, shape, _), recipe = pick(SIZES, run.target, "target"), RECIPES[run.target]
     source = str(run.source).strip()
     out = dict(source=source, teacher=run.teacher or recipe["arch"], student=run.student or recipe["half"],
                relabel=run.views != "none" if run.relabel is None else bool(run.relabel),
                lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout), imbalance=float(run.imbalance),
-               smooth=float(run.smooth) if run.balance == "fill" else 0.0, impressed=float(run.impressed) if run.balance == "impress" else 1.0,
+               smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0, impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
     if run.balance in ("none", "reweight"): out |= dict(limit=None, imbalance=1.0, missing=0)
@@ -122,7 +123,7 @@ def _resolved(
     if source != "labels": return out
     keep = "+".join(v for v in run.views.split("+") if v not in ("mixup", "cutmix")) or "none"
     return out | dict(views=keep, balance="none", limit=None, empty="refuse", teacher_bn="running", relabel=False, cached_views=1,
-                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0)
+                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
 
 
 @lru_cache
@@ -149,6 +150,8 @@ def _check(
     pick(dict.fromkeys(STRATEGIES), run.balance, "balance strategy"), make_views(run.views)
     pick(dict.fromkeys(("refuse", "keep")), run.empty, "way with empty classes")
     pick(dict.fromkeys(("running", "batch")), run.teacher_bn, "teacher_bn")
+    if pick({"random": False, "teacher": True}, run.init, "init"):
+        with torch.device("meta"): inherit(make_model(run.student, shape, k), make_model(run.teacher, shape, k))
     for name in ("epochs", "updates", "batch_size", "cached_views", "lr", "temperature"):
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf): raise ValueError(f"{name} must be positive, got {value}")
@@ -227,6 +230,7 @@ def _from_transfer(
     source = original(target) if run.source == "original" else make_source(run.source, target.shape, root)
     ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
+    if run.init == "teacher": inherit(student, teacher.module)
     fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed", "bfloat16")
     taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)), device=device,
                      checkpoint=out and out / "checkpoint.safetensors", show=show)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'Normalize', 'PairMax', 'pool2', 'ConvPool', 'lenet', 'count_parameters', 'count_flops', 'PairNorm',
-           'alexnet', 'wide_resnet', 'resnet', 'vgg11', 'inception_v3', 'make_model']
+           'alexnet', 'wide_resnet', 'resnet', 'vgg11', 'inception_v3', 'make_model', 'inherit']
 
 # %% ../nbs/05_models.ipynb #models-imports
 import copy
@@ -304,3 +304,34 @@ def make_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return build(tuple(shape), classes)
+
+# %% ../nbs/05_models.ipynb #models-inherit
+def _spread(
+    many: int,  # units of the teacher
+    few: int,  # units of the student
+    block: int = 1,  # units that belong together, as the pixels of a channel do
+) -> Tensor:  # [few] int64
+    "Which units are kept."
+    first = torch.arange(few // block) * (many // block) // (few // block)
+    return (first[:, None] * block + torch.arange(block)).flatten()
+
+
+def inherit(
+    student: nn.Module,  # its weights are replaced, in place
+    teacher: nn.Module,  # the same kind of network, at least as wide and as deep
+) -> nn.Module:  # the student
+    "Begin with the teacher's weights, as many as fit (weight selection, Xu et al., ICLR 2024)."
+    have, out, channels = teacher.state_dict(), {}, (1, 1)
+    for name, own in student.state_dict().items():
+        w = have.get(name)
+        if w is None or w.ndim != own.ndim or any(a < b for a, b in zip(w.shape, own.shape)):
+            raise ValueError(f"the student's {name} {list(own.shape)} has nothing to inherit from: the teacher has "
+                             f"{'no such weights' if w is None else list(w.shape)}; take a teacher of the same kind, at least as wide and as deep")
+        flattened = own.ndim == 2 and w.shape[1] != channels[0]
+        for dim, (many, few) in enumerate(zip(w.shape, own.shape)):
+            block = many // channels[0] if flattened and dim == 1 and many % channels[0] == 0 and few == many // channels[0] * channels[1] else 1
+            if many != few: w = w.index_select(dim, _spread(many, few, block).to(w.device))
+        if own.ndim >= 2: channels = (have[name].shape[0], own.shape[0])
+        out[name] = w
+    student.load_state_dict(out)
+    return student

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 # %% ../nbs/13a_records.ipynb #records-imports-core
 from .core import progress, write_atomic
-from .experiment import VERSION, Run, execute, now, run_key
+from .experiment import LATER, VERSION, Run, execute, now, run_key
 
 # %% ../nbs/13a_records.ipynb #records-load
 class RecordError(ValueError):
@@ -91,7 +91,7 @@ def write_record(
     record: dict,  # of `execute`, or of a failure
 ) -> Path:  # the file
     "Write a record under its key; a finished one that stands there is not replaced."
-    standing = find_record(folder, Run(**record["config"]))
+    standing = find_record(folder, Run(**LATER | record["config"]))
     path = Path(folder) / f"{record['key']}.json"
     if standing and standing["status"] == "done": raise FileExistsError(f"{path} holds a finished run; delete it to do the run again")
     whole = dict(record="kd_arbitrary") | record
