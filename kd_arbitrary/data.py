@@ -25,8 +25,6 @@ import torch
 import torchvision.datasets as tvd
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits, load_sample_image
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .core import data_root, generator, need_memory, pick, progress
@@ -66,6 +64,8 @@ def digits(
     download: bool = True,  # not used
 ) -> Target:  # 1 x 28 x 28, 10 classes, 400 test images
     "The digits of scikit-learn, enlarged to 28 x 28."
+    from sklearn.datasets import load_digits                 # here, because it takes a second or two
+    from sklearn.model_selection import train_test_split
     raw = load_digits()
     x = torch.as_tensor(raw.images, dtype=torch.float32)[:, None] * (255 / 16)
     x = tvf.resize(x, [28, 28], tvf.InterpolationMode.BICUBIC, antialias=True)
@@ -308,6 +308,7 @@ def load_picture(
 ) -> Tensor:  # [1 or 3, H, W] uint8
     "One picture at its full size."
     if path in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
         return torch.as_tensor(load_sample_image(f"{path}.jpg").copy()).permute(2, 0, 1).contiguous()
     return tvf.pil_to_tensor(_decode(find_path(path, root)))
 

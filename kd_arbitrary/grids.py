@@ -66,9 +66,9 @@ def developed() -> list[Run]:
 
 
 def inherited() -> list[Run]:
-    "MNIST and Fashion-MNIST, no real image: the recipes of `developed` and `impressions` for students that begin with the teacher's weights; once in short."
+    "MNIST and Fashion-MNIST, no real image: the recipes of `developed` and `impressions` for students that begin with the teacher's weights; on MNIST also in short."
     ways = [*(dict(target=t, **DEVELOPED) for t in LONG_VIEWS), dict(target="fmnist", views=LONG_VIEWS["fmnist"], **IMPRESSIONS)]
-    ways += [dict(target="mnist", **DEVELOPED | dict(epochs=QUICK))]
+    ways += [dict(target="mnist", **DEVELOPED | dict(epochs=e)) for e in (QUICK, 2 * QUICK)]
     return [Run(init="teacher", seed=seed, **way) for seed in range(3) for way in ways]
 
 # %% ../nbs/13b_grids.ipynb #grids-balance
