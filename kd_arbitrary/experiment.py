@@ -34,7 +34,7 @@ from .sources import FILES, Part, Source, make_part, make_source, parse_source
 from .synthetic import SYNTHETIC
 from .teacher import RECIPES, Teacher, save_model, train_teacher
 from .train import same_run
-from .transfer import TransferSet, diagnose
+from .transfer import ASIS, TransferSet, diagnose
 from .views import make_views
 
 # %% ../nbs/13_experiment.ipynb #experiment-sizes
@@ -118,7 +118,7 @@ def _resolved(
                smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0, impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
-    if run.balance in ("none", "reweight"): out |= dict(limit=None, imbalance=1.0, missing=0)
+    if run.balance in ASIS: out |= dict(limit=None, imbalance=1.0, missing=0)
     if out["relabel"] or run.views == "none": out["cached_views"] = 1
     if source != "labels": return out
     keep = "+".join(v for v in run.views.split("+") if v not in ("mixup", "cutmix")) or "none"
