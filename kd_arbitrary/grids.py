@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'NEAR', 'STUDY',
            'PAIRS', 'WIDE', 'GRIDS', 'PROBED', 'ALIKE', 'smoke', 'first_results', 'image_free', 'impressions',
-           'developed', 'inherited', 'balance_study', 'mosaic_confound', 'imbalance', 'sizes', 'one_factor',
-           'cifar10_small', 'cifar10_full', 'cifar100_full', 'select', 'step_flops', 'probe', 'estimate']
+           'developed', 'inherited', 'balance_study', 'mosaic_confound', 'photographs', 'imbalance', 'sizes',
+           'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../nbs/13b_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -89,6 +89,12 @@ def mosaic_confound() -> list[Run]:
     return [Run(target=t, source=s, n=n, views="none", epochs=EPOCHS, empty="keep", seed=seed, **way) for seed in range(3) for t in NEAR
             for s in ("gaussian", "pyramid", "strokes", "cifar10") for way in ways]
 
+# %% ../nbs/13b_grids.ipynb #grids-photographs
+def photographs() -> list[Run]:
+    "MNIST and Fashion-MNIST: CIFAR-10's photographs as drawn and filled beside the original data; equal images, equal updates."
+    cells = (dict(source="cifar10", balance="none"), dict(source="cifar10", balance="fill"), dict(source="original", balance="none"))
+    return [Run(target=t, n=45_000, updates=5_000, views=DEVELOPED["views"], empty="keep", seed=seed, **cell) for seed in range(3) for t in NEAR for cell in cells]
+
 # %% ../nbs/13b_grids.ipynb #grids-much
 def imbalance() -> list[Run]:
     "MNIST and Fashion-MNIST: class ratios from 1 to 100, and one to five classes missing, filled from structured noise."
@@ -120,10 +126,10 @@ WIDE = dict(lr=2e-3, views="crop+flip+mixup", bfloat16=True, empty="keep")  # fo
 
 
 def cifar10_small() -> list[Run]:
-    "CIFAR-10 on a CPU: AlexNet to its half, 10,000 images, three epochs; four sources as drawn and filled, original data, labels."
+    "CIFAR-10 on a CPU: AlexNet to its half, 20,000 images, two epochs; four sources as drawn and filled, original data, labels."
     cells = [dict(source=s, balance=b) for s in ("gaussian", "pyramid", "deadleaves", "scenes") for b in ("none", "fill")]
     cells += [dict(source="gaussian", balance=b, teacher_bn="batch") for b in ("none", "fill")] + [dict(source="original", balance="none")]
-    small = [dict(cell, n=10_000, epochs=3) for cell in cells] + [dict(source="labels", epochs=1)]
+    small = [dict(cell, n=20_000, epochs=2) for cell in cells] + [dict(source="labels", epochs=1)]
     return [Run(target="cifar10", seed=seed, **WIDE, **cell) for seed in range(3) for cell in small]
 
 
@@ -150,7 +156,7 @@ def cifar100_full() -> list[Run]:
 
 # %% ../nbs/13b_grids.ipynb #grids-all
 GRIDS = {"smoke": smoke, "first-results": first_results, "image-free": image_free, "impressions": impressions, "developed": developed, "inherited": inherited, "balance-study": balance_study, "mosaic-confound": mosaic_confound,
-         "imbalance": imbalance, "sizes": sizes, "one-factor": one_factor, "cifar10-small": cifar10_small, "cifar10": cifar10_full, "cifar100": cifar100_full}
+         "photographs": photographs, "imbalance": imbalance, "sizes": sizes, "one-factor": one_factor, "cifar10-small": cifar10_small, "cifar10": cifar10_full, "cifar100": cifar100_full}
 
 
 def select(
