@@ -6,6 +6,8 @@
 __all__ = ['LONGEST', 'STRETCH', 'ENOUGH', 'STEPS', 'LEAD', 'check_smooth', 'usual_smooth', 'push', 'survival', 'impress']
 
 # %% ../nbs/09a_push.ipynb #push-imports
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -32,13 +34,22 @@ def _margin(
     return z.gather(1, goal[:, None])[:, 0] - z.scatter(1, goal[:, None], -torch.inf).max(1).values
 
 # %% ../nbs/09a_push.ipynb #push-push
+@lru_cache
+def _blurred(
+    side: int,  # pixels of a row
+    sigma: float,  # pixels, > 0
+) -> Tensor:  # [side, side]
+    "What becomes of each pixel of a row under a Gaussian, cut off at two standard deviations."
+    return gaussian_blur(torch.eye(side).view(side, 1, 1, side), [2 * int(2 * sigma + 0.5) + 1, 1], [sigma, sigma])[:, 0, 0]
+
+
 def _blur(
     x: Tensor,  # [n, C, H, W] float
     sigma: float,  # pixels, > 0
 ) -> Tensor:
-    "Each channel under a Gaussian, cut off at two standard deviations."
-    side = 2 * int(2 * sigma + 0.5) + 1
-    return gaussian_blur(x, [side, side], [sigma, sigma])
+    "Each channel under a Gaussian: rows and columns as matrix products, many times faster than a convolution with one channel."
+    rows, columns = (_blurred(side, sigma).to(x.device) for side in x.shape[2:])
+    return rows.T @ (x @ columns)
 
 
 def check_smooth(
