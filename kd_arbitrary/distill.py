@@ -132,7 +132,7 @@ def distill(
 
     def loss_of(model, index, g):
         index = rows[index] + (n * torch.randint(copies, index.shape, generator=g) if copies > 1 else 0)
-        x = to_float(images[index := index.to(device)])
+        x = to_float(images.index_select(0, index := index.to(device)))
         if relabel and views_fn: x = views_fn(x, g)
         target = teacher(x, len(x)) if relabel else scores[index]
         return loss_fn(model(x), target, teacher.gives, temperature)

@@ -8,8 +8,10 @@ __all__ = ['BLOCK', 'MODELS', 'Normalize', 'PairMax', 'pool2', 'ConvPool', 'lene
 
 # %% ../nbs/05_models.ipynb #models-imports
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +52,7 @@ class PairMax(torch.autograd.Function):
     def forward(ctx, y, dim):
         a, b = y.unbind(dim)
         ctx.dim = dim
-        if ctx.needs_input_grad[0]: ctx.save_for_backward(torch.sub(a, b).ge_(0))  # 1. where a wins
+        if ctx.needs_input_grad[0]: ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a, memory_format=torch.contiguous_format)))  # 1. where a wins
         return torch.maximum(a, b)
 
     @staticmethod
@@ -80,6 +82,35 @@ def _phases(
     return torch.cat([F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)])
 
 
+class _Gather(torch.autograd.Function):
+    "Each row's values in another order; `back` is the way back."
+
+    @staticmethod
+    def forward(ctx, rows, order, back):
+        ctx.orders = order, back
+        return rows.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, grad): return _Gather.apply(grad, *ctx.orders[::-1]), None, None
+
+
+@lru_cache
+def _orders(
+    shape: tuple[int, int, int],  # (C, H, W), H and W even
+) -> tuple[Tensor, Tensor]:  # [C H W] int64 each
+    "Where each pixel of the unshuffled image comes from, and the inverse."
+    with torch.inference_mode(False): there = F.pixel_unshuffle(torch.arange(math.prod(shape), device="cpu").view(shape), 2).flatten()
+    return there, there.argsort()
+
+
+def _unshuffle(
+    x: Tensor,  # [N, C, H, W], H and W even
+) -> Tensor:  # [N, 4 C, H // 2, W // 2]
+    "What `pixel_unshuffle(x, 2)` gives, values and gradients."
+    c, h, w = x.shape[1:]
+    return _Gather.apply(x.flatten(1), *_orders((c, h, w))).view(len(x), 4 * c, h // 2, w // 2)
+
+
 def _conv_pool_phases(
     x: Tensor,  # [N, Cin, H, W]
     weight: Tensor,  # [Cout, Cin, k, k]
@@ -88,7 +119,7 @@ def _conv_pool_phases(
     k, phases = weight.shape[-1], _phases(weight)
     if x.requires_grad and k % 2:
         h, w = ((s - k + 1) // 2 * 2 + k - 1 for s in x.shape[2:])
-        y = F.conv2d(F.pixel_unshuffle(x[..., :h, :w], 2), F.pixel_unshuffle(phases, 2))
+        y = F.conv2d(_unshuffle(x[..., :h, :w]), F.pixel_unshuffle(phases, 2))
     else: y = F.conv2d(x, phases, stride=2)
     return PairMax.apply(PairMax.apply(y.unflatten(1, (2, 2, -1)), 2), 1)
 

@@ -213,7 +213,7 @@ def _train(
     x, y = target.train_images.to(device), target.train_labels.to(device)
     def loss_of(model, index, g):
         index = index.to(device)
-        batch = to_float(x[index])
+        batch = to_float(x.index_select(0, index))
         return F.cross_entropy(model(views(batch, g) if views else batch), y[index])
     fit(model, loss_of, len(x), checkpoint=checkpoint, device=device, config=dict(target=target.name, arch=arch),
         desc=f"teacher {target.name} {arch}", show=show, **recipe)
