@@ -68,7 +68,7 @@ def mixup(
     n = len(images)
     other = torch.randperm(n, generator=generator).to(images.device)
     weight = torch.rand(n, 1, 1, 1, generator=generator).to(images.device, images.dtype)
-    return torch.lerp(images[other], images, weight)
+    return torch.lerp(images.index_select(0, other), images, weight)
 
 
 def cutmix(
@@ -81,8 +81,8 @@ def cutmix(
     area, cy, cx = torch.rand(3, n, 1, 1, 1, generator=generator)
     side = area.sqrt() / 2
     y, x = torch.arange(h).view(1, 1, h, 1) / h, torch.arange(w).view(1, 1, 1, w) / w
-    inside = ((y - cy).abs() < side) & ((x - cx).abs() < side)
-    return torch.where(inside.to(images.device), images[other], images)
+    inside = [((t - c).abs() < side).to(images.device, images.dtype) for t, c in ((y, cy), (x, cx))]
+    return torch.lerp(images, images.index_select(0, other), inside[0] * inside[1])                     # 0 or 1, both exact, and faster than `where`
 
 # %% ../nbs/06_views.ipynb #views-compose
 VIEWS = dict(affine=affine, crop=crop, flip=flip, mixup=mixup, cutmix=cutmix)
