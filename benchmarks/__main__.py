@@ -83,7 +83,7 @@ def summary(record: dict) -> str:
         form = f"{r['batch_size']:>5} {r['regime']:7} {r['loop']:22} {r['network']:6}{' bf16' if r['bfloat16'] else ''}"
         out.append(f"{form:50}" + (f"{r['images'] / median(r['runs'], by):>12,.0f}{r['updates']:>6} steps" if r["runs"] else "  not installed"))
     for m in record["micro"]:
-        out.append(m["name"] + ": " + ", ".join(f"{k} {1e6 * median(v, by) / m['items']:,.1f} us" for k, v in m["runs"].items()) + " an image")
+        out.append(m["name"] + ": " + ", ".join(f"{k} {1e6 * median(v, m.get('unit', by)) / m['items']:,.1f} us" for k, v in m["runs"].items()) + " an image")
     return "\n".join(out)
 
 

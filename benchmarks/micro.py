@@ -3,9 +3,12 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import torch
 from torch import nn
+from torch.func import functional_call, stack_module_state
 
 from benchmarks.contenders import Contender, loader
 from benchmarks.measure import interleaved, timed
@@ -15,6 +18,7 @@ from kd_arbitrary.core import generator, to_float
 from kd_arbitrary.distill import kl
 from kd_arbitrary.models import PairNorm
 from kd_arbitrary.sources import make_source
+from kd_arbitrary.transfer import DRAWN
 from kd_arbitrary.views import make_views
 
 
@@ -90,6 +94,47 @@ def switches(work: Work, b: int) -> dict[str, tuple[int, dict]]:
             "student, training step: AdamW": (b, {"as PyTorch chooses": step(foreach=None), "foreach": step(foreach=True), "fused": step(fused=True)})}
 
 
+def seeds(work: Work, b: int, many: int = 3) -> dict[str, tuple[int, dict]]:
+    "Students of several seeds on the same batch, one after another or as one batched network."
+    ts, copies = first(work, b), [work.student("stock") for _ in range(many)]
+    x, scores = to_float(ts.images).to(work.device), ts.scores.to(work.device)
+    weights = {k: v.detach().requires_grad_() for k, v in stack_module_state(copies)[0].items()}
+    buffers = stack_module_state(copies)[1]
+    optimiser = torch.optim.AdamW(weights.values(), lr=RATE, fused=True)
+    answer = torch.func.vmap(lambda w, fixed: functional_call(copies[0], (w, fixed), (x,)))
+    def batched():
+        loss = sum(kl(z, scores, "logits", TEMPERATURE) for z in answer(weights, buffers))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    def in_turn(network):
+        steps = [train_step(work, work.student(network), b) for _ in range(many)]
+        return lambda: [go() for go in steps]
+    return {f"{many} students, training step": (many * b, {"in turn, PyTorch's layers": in_turn("stock"), "in turn, library's layers": in_turn("fast"),
+                                                           "one batched network (vmap), PyTorch's layers": batched})}
+
+
+def ahead(work: Work, n: int, repeats: int, text: str = "strokes") -> list[dict]:
+    "Drawing images and asking the teacher: in turn, or drawn ahead in a thread; by the clock, since a second processor is what it is for."
+    source, teacher, threads = make_source(text, work.pair.shape), work.teachers["fast"], torch.get_num_threads()
+    blocks = lambda: islice(source.stream(0, DRAWN), -(-n // DRAWN))
+    def in_turn():
+        for images, _ in blocks(): teacher(images)
+    def more():
+        torch.set_num_threads(2)
+        try: in_turn()
+        finally: torch.set_num_threads(threads)
+    def thread():
+        rest = blocks()
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(next, rest, None)
+            while (block := coming.result()) is not None:
+                coming = pool.submit(next, rest, None)
+                teacher(block[0])
+    calls = {"in turn": in_turn, "drawn ahead in a thread": thread, "in turn, two threads for each operation": more}
+    return [dict(name=f"drawing {text} and asking, by the clock", items=-(-n // DRAWN) * DRAWN, unit="wall", runs=interleaved(calls, repeats, 1, work.device))]
+
+
 def formats(work: Work, b: int) -> dict[str, tuple[int, dict]]:
     "The same for the teacher's answers."
     x = to_float(work.transfer.images[:b]).to(work.device)
@@ -163,6 +208,7 @@ def micro(
 ) -> list[dict]:  # name, items (images per call), runs (label to seconds per call)
     "All before-and-after pairs that concern this pair of networks."
     tables = switches(work, batch_size) | formats(work, batch_size)
-    if name == "lenet": tables = both(work, batch_size) | tables | data(work, batch_size) | asked(work, (64, 128, 256, 512, 1024, 2048))
+    if name == "lenet": tables = both(work, batch_size) | tables | data(work, batch_size) | seeds(work, batch_size) | asked(work, (64, 128, 256, 512, 1024, 2048))
     if name == "alexnet": tables = norms(work, batch_size) | both(work, batch_size) | tables | asked(work, (16, 32, 64, 128, 256))
-    return [dict(name=k, items=n, runs=interleaved(calls, repeats, 1 if "batch" in k else inner, work.device)) for k, (n, calls) in tables.items()]
+    out = [dict(name=k, items=n, runs=interleaved(calls, repeats, 1 if "batch" in k else inner, work.device)) for k, (n, calls) in tables.items()]
+    return out + (ahead(work, 8 * DRAWN, repeats) if name == "lenet" and torch.device(work.device).type == "cpu" else [])

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.__main__ import fair, main
 from benchmarks.contenders import OURS, PACKAGES, PEERS, Contender, installed, line_up, pictures
+from benchmarks.micro import ahead, seeds
 from benchmarks.work import PAIRS, make_work, normalised, plain
 
 
@@ -54,3 +55,12 @@ def test_all_networks_are_the_same_function(pair):
     for kind in ("fast", "stock"):
         theirs = plain(work.teachers[kind].module).eval()(seen)
         assert torch.allclose(theirs, work.teachers["fast"](x), atol=1e-4)
+
+
+def test_seeds_and_drawing_ahead_run():
+    work = make_work(PAIRS["lenet"], 16)
+    (n, calls), = seeds(work, 16, many=2).values()
+    assert n == 32 and len(calls) == 3
+    for go in calls.values(): go()                                                   # the batched step runs through vmap
+    report, = ahead(work, 100, 1, "gaussian")
+    assert report["unit"] == "wall" and len(report["runs"]) == 3
