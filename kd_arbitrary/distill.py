@@ -105,7 +105,7 @@ def distill(
     seed: int = 0,  # of order, views, and the held-out share
     bfloat16: bool = False,  # autocast: faster for wide networks
     device: str = "cpu",  # of student and images
-    checkpoint=None,  # file to continue from, and to write after each epoch
+    checkpoint=None,  # file to continue from, and to write after epochs, at most once a second
     show: bool = True,  # a progress bar
 ) -> Distilled:
     "Train the student to answer as the teacher does on the transfer set."
@@ -146,7 +146,7 @@ def distill(
         return out
 
     if bfloat16 and teacher.module is not None: teacher.module.to(memory_format=torch.channels_last)      # as `fit` does with the student
-    config = dict(transfer=_fingerprint(transfer), teacher=teacher.fingerprint, loss=loss, temperature=temperature, views=views,
+    config = {} if checkpoint is None else dict(transfer=_fingerprint(transfer), teacher=teacher.fingerprint, loss=loss, temperature=temperature, views=views,
                   relabel=relabel, cached_views=copies, holdout=holdout)
     run = fit(student, loss_of, n, epochs=epochs, batch_size=batch_size, lr=lr, weights=weights, measure=measure,
               seed=seed, bfloat16=bfloat16, checkpoint=checkpoint, config=config, device=device, desc="distilling", show=show)

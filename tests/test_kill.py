@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_arbitrary import core, teacher
+from kd_arbitrary import core, teacher, train
 from kd_arbitrary.core import load_tensors
 from kd_arbitrary.experiment import Run, execute
 from kd_arbitrary.records import find_record, load_record, run_grid, write_record
@@ -18,7 +18,7 @@ KILLED = -signal.SIGKILL
 def job(folder: Path, whole_grid: bool = False) -> None:
     "What is started again and again: train a teacher, make a transfer set, teach a student, write the record."
     torch.set_num_threads(1)
-    teacher.RECIPES["digits"]["epochs"] = 2
+    teacher.RECIPES["digits"]["epochs"], train.SAVE_EVERY = 2, 0          # a checkpoint after each epoch, however short
     if whole_grid: return run_grid([RUN], folder / "grid", root=folder / "root", show=False) and None
     out = folder / "out"
     if find_record(out, RUN) is None: write_record(out, execute(RUN, root=folder / "root", out=out, show=False))
