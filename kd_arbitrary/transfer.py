@@ -167,7 +167,7 @@ def memory_needed(
     sets = 0 if mapped else 1 if strategy in ASIS else 2
     ask = ASKED * (floats + 2 * largest)
     passing = max(DRAWN * floats + ask, NUDGED * (kept + 6 * floats) if strategy in NUDGING else 0)
-    out = dict(balance=int(n * (sets * row + (64 if strategy in NUDGING else 16)) + passing))
+    out = dict(balance=int(n * (sets * row + (64 + k if strategy in NUDGING else 16)) + passing))
     if student is not None:
         kept, wide = footprint(student, teacher.input_shape)
         weights = sum(t.numel() * t.element_size() for t in student.state_dict().values())
