@@ -114,16 +114,28 @@ def seeds(work: Work, b: int, many: int = 3) -> dict[str, tuple[int, dict]]:
                                                            "one batched network (vmap), PyTorch's layers": batched})}
 
 
+def with_threads(go: Callable, many: int) -> Callable:
+    "The same with so many threads in each operation."
+    def inside():
+        before = torch.get_num_threads()
+        torch.set_num_threads(many)
+        try: go()
+        finally: torch.set_num_threads(before)
+    return inside
+
+
+def threads(work: Work, b: int, repeats: int, inner: int) -> list[dict]:
+    "A student's step by the number of threads; by the clock."
+    calls = {f"{n} thread{'s' * (n > 1)}": with_threads(train_step(work, work.student("fast"), b), n) for n in (1, 2)}
+    return [dict(name="student, training step by threads, by the clock", items=b, unit="wall", runs=interleaved(calls, repeats, inner, work.device))]
+
+
 def ahead(work: Work, n: int, repeats: int, text: str = "strokes") -> list[dict]:
     "Drawing images and asking the teacher: in turn, or drawn ahead in a thread; by the clock, since a second processor is what it is for."
-    source, teacher, threads = make_source(text, work.pair.shape), work.teachers["fast"], torch.get_num_threads()
+    source, teacher = make_source(text, work.pair.shape), work.teachers["fast"]
     blocks = lambda: islice(source.stream(0, DRAWN), -(-n // DRAWN))
     def in_turn():
         for images, _ in blocks(): teacher(images)
-    def more():
-        torch.set_num_threads(2)
-        try: in_turn()
-        finally: torch.set_num_threads(threads)
     def thread():
         rest = blocks()
         with ThreadPoolExecutor(1) as pool:
@@ -131,7 +143,7 @@ def ahead(work: Work, n: int, repeats: int, text: str = "strokes") -> list[dict]
             while (block := coming.result()) is not None:
                 coming = pool.submit(next, rest, None)
                 teacher(block[0])
-    calls = {"in turn": in_turn, "drawn ahead in a thread": thread, "in turn, two threads for each operation": more}
+    calls = {"in turn": in_turn, "drawn ahead in a thread": thread, "in turn, two threads for each operation": with_threads(in_turn, 2)}
     return [dict(name=f"drawing {text} and asking, by the clock", items=-(-n // DRAWN) * DRAWN, unit="wall", runs=interleaved(calls, repeats, 1, work.device))]
 
 
@@ -211,4 +223,5 @@ def micro(
     if name == "lenet": tables = both(work, batch_size) | tables | data(work, batch_size) | seeds(work, batch_size) | asked(work, (64, 128, 256, 512, 1024, 2048))
     if name == "alexnet": tables = norms(work, batch_size) | both(work, batch_size) | tables | asked(work, (16, 32, 64, 128, 256))
     out = [dict(name=k, items=n, runs=interleaved(calls, repeats, 1 if "batch" in k else inner, work.device)) for k, (n, calls) in tables.items()]
-    return out + (ahead(work, 8 * DRAWN, repeats) if name == "lenet" and torch.device(work.device).type == "cpu" else [])
+    if torch.device(work.device).type != "cpu": return out
+    return out + threads(work, batch_size, repeats, inner) + (ahead(work, 8 * DRAWN, repeats) if name == "lenet" else [])

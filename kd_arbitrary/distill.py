@@ -88,6 +88,23 @@ class Distilled:
     seconds: float  # wall-clock time of all epochs, also those before an interruption
 
 
+def _refuse(
+    teacher: Teacher,  # who teaches
+    transfer: TransferSet,  # what there is to learn from
+    loss: str,  # as for `distill`, and the rest too
+    temperature: float,
+    holdout: float,
+    cached_views: int,
+) -> None:
+    "Refuse what cannot be done, before anything is computed."
+    pick(LOSSES, loss, "loss")
+    if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}; 1 to 20 are usual")
+    if not 0 <= holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {holdout}")
+    if cached_views < 1: raise ValueError(f"cached_views must be at least 1, got {cached_views}")
+    if loss != "kl" and teacher.gives != "logits": raise ValueError(f"loss {loss!r} compares logits, the teacher gives {teacher.gives}; use loss='kl'")
+    if transfer.scores.shape[1] != len(teacher.classes): raise ValueError(f"the set has scores for {transfer.scores.shape[1]} classes, the teacher has {len(teacher.classes)}")
+
+
 def distill(
     teacher: Teacher,  # who teaches
     student: nn.Module,  # who learns, in place: float32 images in [0, 1] to logits
@@ -109,12 +126,8 @@ def distill(
     show: bool = True,  # a progress bar
 ) -> Distilled:
     "Train the student to answer as the teacher does on the transfer set."
-    loss_fn, views_fn = pick(LOSSES, loss, "loss"), make_views(views)
-    if not temperature > 0: raise ValueError(f"temperature must be positive, got {temperature}; 1 to 20 are usual")
-    if not 0 <= holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {holdout}")
-    if cached_views < 1: raise ValueError(f"cached_views must be at least 1, got {cached_views}")
-    if loss != "kl" and teacher.gives != "logits": raise ValueError(f"loss {loss!r} compares logits, the teacher gives {teacher.gives}; use loss='kl'")
-    if transfer.scores.shape[1] != len(teacher.classes): raise ValueError(f"the set has scores for {transfer.scores.shape[1]} classes, the teacher has {len(teacher.classes)}")
+    _refuse(teacher, transfer, loss, temperature, holdout, cached_views)
+    loss_fn, views_fn = LOSSES[loss], make_views(views)
     if relabel is None: relabel = views_fn is not None and teacher.whitebox
     asked, outputs = teacher.queries, predict(student.to(device), transfer.images[:1], device=device).shape[1]
     if outputs != len(teacher.classes): raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; make it with as many")

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.__main__ import fair, main
 from benchmarks.contenders import OURS, PACKAGES, PEERS, Contender, installed, line_up, pictures
-from benchmarks.micro import ahead, seeds
+from benchmarks.micro import ahead, seeds, threads
 from benchmarks.work import PAIRS, make_work, normalised, plain
 
 
@@ -62,5 +62,6 @@ def test_seeds_and_drawing_ahead_run():
     (n, calls), = seeds(work, 16, many=2).values()
     assert n == 32 and len(calls) == 3
     for go in calls.values(): go()                                                   # the batched step runs through vmap
-    report, = ahead(work, 100, 1, "gaussian")
-    assert report["unit"] == "wall" and len(report["runs"]) == 3
+    before = torch.get_num_threads()
+    for report in ahead(work, 100, 1, "gaussian") + threads(work, 16, 1, 1): assert report["unit"] == "wall" and len(report["runs"]) > 1
+    assert torch.get_num_threads() == before
