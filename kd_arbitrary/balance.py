@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/10_balance.ipynb #balance-imports-core
-from .core import generator, need_memory, pick, progress
+from .core import generator, keep_freed, need_memory, pick, progress
 from .push import impress, push, usual_smooth
 from .sources import Source
 from .teacher import Teacher
@@ -252,6 +252,7 @@ def balance(
     check_impressed(impressed)
     needed = memory_needed(n, teacher, strategy=strategy, itemsize=max(p.dtype.itemsize for p in source.pieces), mapped=path is not None)
     need_memory(needed["balance"], f"a set of {n:,} images {tuple(source.shape)}", "lower n, or give `path` to write the set to a file as it is made")
+    keep_freed()
     limit, folder = n if asis else limit or (1 if nudging else 4) * n, Path(path).parent if path else None
     room = torch.full_like(want, n) if asis else want - (want * impressed * (strategy == "impress")).round().long()
     kept, spare, seen = _draw(source, teacher, room, n, limit, n if nudging else 0, seed, show, folder)

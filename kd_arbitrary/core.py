@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'FORMAT', 'Rows', 'data_root', 'generator', 'pick', 'progress', 'check_images', 'to_float', 'to_stored',
-           'adapt', 'available_memory', 'need_memory', 'write_atomic', 'save_tensors', 'load_tensors']
+           'adapt', 'available_memory', 'need_memory', 'keep_freed', 'write_atomic', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import difflib
@@ -159,6 +159,11 @@ def need_memory(
     there = available_memory()
     if there is not None and needed > there:
         raise ValueError(f"{what} needs about {needed / 2**30:,.1f} GiB of memory and {there / 2**30:,.1f} GiB are available; {remedy}")
+
+# %% ../nbs/00_core.ipynb #core-freed
+def keep_freed() -> None:
+    "Let glibc keep up to 64 MiB of freed memory for the next step; other C libraries take no notice."
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 # %% ../nbs/00_core.ipynb #core-atomic
 def _sweep(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/07_train.ipynb #train-imports-core
-from .core import generator, load_tensors, progress, save_tensors, to_float
+from .core import generator, keep_freed, load_tensors, progress, save_tensors, to_float
 
 # %% ../nbs/07_train.ipynb #train-predict
 ASKED = 256  # images at a time; more is no faster on a processor, and slower where they leave its cache
@@ -202,6 +202,7 @@ def fit(
     "Train by Adam with a one-cycle rate; with a checkpoint file, continue where the last run stopped."
     if epochs < 1 or batch_size < 1 or n < 1: raise ValueError(f"epochs, batch_size and n must be at least 1, got {epochs}, {batch_size}, {n}")
     if not lr > 0: raise ValueError(f"lr must be positive, got {lr}; try 2e-3")
+    keep_freed()
     if bfloat16: model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     config = json.loads(json.dumps(dict(config or {}, n=n, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
