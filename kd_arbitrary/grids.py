@@ -91,9 +91,11 @@ def mosaic_confound() -> list[Run]:
 
 # %% ../nbs/13b_grids.ipynb #grids-photographs
 def photographs() -> list[Run]:
-    "MNIST and Fashion-MNIST: CIFAR-10's photographs as drawn and filled beside the original data; equal images, equal updates."
-    cells = (dict(source="cifar10", balance="none"), dict(source="cifar10", balance="fill"), dict(source="original", balance="none"))
-    return [Run(target=t, n=45_000, updates=5_000, views=DEVELOPED["views"], empty="keep", seed=seed, **cell) for seed in range(3) for t in NEAR for cell in cells]
+    "MNIST and Fashion-MNIST: unrelated photographs, alone and with the other of the two sets, balanced or not, beside the original data; equal images, equal updates."
+    ways = [("cifar10", dict(balance="none")), ("cifar10", dict(balance="fill")), ("cifar10+{}", dict(balance="none")),
+            ("cifar10+{}", dict(balance="impress", impressed=DEVELOPED["impressed"])), ("original", dict(balance="none"))]
+    return [Run(target=t, source=s.format(NEAR[t]), n=45_000, updates=5_000, views=DEVELOPED["views"], empty="keep", seed=seed, **way)
+            for seed in range(3) for t in NEAR for s, way in ways]
 
 # %% ../nbs/13b_grids.ipynb #grids-much
 def imbalance() -> list[Run]:
