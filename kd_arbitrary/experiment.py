@@ -34,7 +34,7 @@ from .sources import FILES, Part, Source, make_part, make_source, parse_source
 from .synthetic import SYNTHETIC
 from .teacher import RECIPES, Teacher, save_model, train_teacher
 from .train import same_run
-from .transfer import ASIS, TransferSet, diagnose
+from .transfer import ASIS, NUDGING, TransferSet, diagnose
 from .views import make_views
 
 # %% ../nbs/13_experiment.ipynb #experiment-sizes
@@ -209,6 +209,7 @@ def _transfer_set(
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
+    if run.bfloat16 and run.balance in NUDGING: options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
