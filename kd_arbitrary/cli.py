@@ -233,7 +233,8 @@ def kd_distill(
     teacher_bn: Annotated[str, _option("The teacher's batch-norm statistics: running, batch.")] = "running",
     student: Annotated[str | None, _unsaid("Network, as for --teacher", "the target's recipe")] = None,
     init: Annotated[str, _option("What students begin with: random weights, or as many of the teacher's as fit: random, teacher.")] = "random",
-    limit: Annotated[int | None, _unsaid("Images drawn at the most", "twice n for fill, else four times")] = None,
+    bfloat16: Annotated[bool, _option("Compute in bfloat16: faster for the networks of CIFAR, slower for LeNet.")] = False,
+    limit: Annotated[int | None, _unsaid("Images drawn at the most", "n for fill and impress, else four times n")] = None,
     empty: Annotated[str, _option("When a class gets no image: refuse, keep.")] = "refuse",
     seed: Annotated[int, _option("Of images, student, order and views.")] = 0,
     out: Annotated[Path | None, _unsaid("Folder for all results; a run that is unfinished there goes on",
@@ -254,7 +255,7 @@ def kd_distill(
     with exit_with(2, debug):
         said = {k: v for k, v in dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr).items() if v is not None}
         run = Run(**settings(target, source) | said, target=target, source=source, balance=balance, views=views, relabel=relabel,
-                  cached_views=cached_views, loss=loss, temperature=temperature, teacher=teacher, teacher_bn=teacher_bn, student=student, init=init,
+                  cached_views=cached_views, loss=loss, temperature=temperature, teacher=teacher, teacher_bn=teacher_bn, student=student, init=init, bfloat16=bfloat16,
                   limit=limit, empty=empty, seed=seed)
         runs, out, device = comparison(run), out or default_out(run), _device(device)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
