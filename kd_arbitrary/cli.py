@@ -233,7 +233,7 @@ def kd_distill(
     teacher_bn: Annotated[str, _option("The teacher's batch-norm statistics: running, batch.")] = "running",
     student: Annotated[str | None, _unsaid("Network, as for --teacher", "the target's recipe")] = None,
     init: Annotated[str, _option("What students begin with: random weights, or as many of the teacher's as fit: random, teacher.")] = "random",
-    bfloat16: Annotated[bool, _option("Compute in bfloat16: faster for the networks of CIFAR, slower for LeNet.")] = False,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Compute in bfloat16: faster for the networks of CIFAR, slower for LeNet.")] = False,
     limit: Annotated[int | None, _unsaid("Images drawn at the most", "n for fill and impress, else four times n")] = None,
     empty: Annotated[str, _option("When a class gets no image: refuse, keep.")] = "refuse",
     seed: Annotated[int, _option("Of images, student, order and views.")] = 0,
