@@ -187,17 +187,17 @@ def asked(work: Work, sizes: tuple[int, ...]) -> dict[str, tuple[int, dict]]:
     return {"teacher, inference by batch size": (n, {str(b): (lambda b=b: teacher(images, b)) for b in sizes if b <= n})}
 
 
-def balanced(work: Work, n: int, repeats: int) -> list[dict]:
-    "Seconds to draw noise for the teacher, as it comes and filled."
-    out = dict(name="balance, gaussian noise", items=n, runs={})
-    source = make_source("gaussian", work.pair.shape)
-    for _ in range(repeats):
-        for strategy in ("none", "fill"):
-            report = []
-            t = timed(lambda: report.append(balance(source, work.teachers["fast"], n, strategy, empty="keep", show=False)[1]), work.device)
-            out["runs"].setdefault(strategy, []).append(t)
-            out.setdefault("report", {})[strategy] = report[0].to_dict()
-    return [out]
+def balanced(work: Work, n: int, repeats: int, texts: tuple[str, ...] = ("gaussian", "pyramid")) -> list[dict]:
+    "Seconds to draw noise for the teacher, as it comes and filled: noise that it puts into one class, and noise it sees all classes in."
+    out = []
+    for text in texts:
+        source, runs, reports = make_source(text, work.pair.shape), {}, {}
+        for _ in range(repeats):
+            for strategy in ("none", "fill"):
+                t = timed(lambda: reports.update({strategy: balance(source, work.teachers["fast"], n, strategy, empty="keep", show=False)[1].to_dict()}), work.device)
+                runs.setdefault(strategy, []).append(t)
+        out.append(dict(name=f"balance, {text} noise", items=n, runs=runs, report=reports))
+    return out
 
 
 def compiled(work: Work, b: int, repeats: int) -> list[dict]:
