@@ -35,7 +35,6 @@ from .experiment import GIVEN, SIZES, Run, claim, execute, updates
 from .grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .models import MODELS
 from .noise import NOISE
-from .plot import class_histogram, summary
 from .records import find_record, grid_status, read_records, run_grid, write_record
 from .sources import FILES
 from .synthetic import SYNTHETIC
@@ -146,6 +145,7 @@ def _draw_summary(
     path, sets = out / "summary.png", {n: out / n / "transfer.safetensors" for n in records if n != "original"}
     sets = {n: TransferSet.load(p) for n, p in sets.items() if p.exists() and not path.exists()}
     if not sets: return
+    from kd_arbitrary.plot import class_histogram, summary                    # takes a second to import: not for --help, lists and tables
     config, pair = next(iter(records.values()))["config"], [sets.get("unbalanced"), sets.get("balanced")]
     title = f"{config['source']}, seen by a teacher of {config['target']}"
     fig = summary(*pair, title) if all(s is not None for s in pair) else class_histogram(sets)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error, multiclass_recall
 
 # %% ../nbs/12_evaluate.ipynb #evaluate-imports-core
 from . import __version__
@@ -45,6 +44,7 @@ def calibration_error(
     labels: Tensor,  # [N] int64, the true classes
 ) -> float:  # in [0, 1]; 0 is perfectly calibrated
     "The expected calibration error: how far confidence is from accuracy, on average."
+    from torchmetrics.functional.classification import multiclass_calibration_error                   # takes a second to import
     below_one = scores.double().softmax(1).clamp_max(1 - 1e-7)
     return multiclass_calibration_error(below_one, labels, scores.shape[1], n_bins=BINS, norm="l1").item()
 
@@ -73,6 +73,7 @@ def evaluate(
     device: str | torch.device = "cpu",  # where the model is
 ) -> dict:  # accuracy, per_class (list of recalls), ece, agreement, all in [0, 1] or None; n
     "What a model does on labelled images, in plain numbers."
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
     _check_labels(images, labels)
     scores = predict(model, images, batch_size, device)
     k, labels = scores.shape[1], labels.long().cpu()
