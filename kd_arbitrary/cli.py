@@ -427,9 +427,10 @@ def grid_table(
     own = [asdict(run) for run in runs if run.source not in GIVEN] or [asdict(run) for run in runs]
     values = lambda field, by: {c[field] for c in own if c["balance"] == by}
     ways = list(dict.fromkeys(c["balance"] for c in own))
-    varies = [k for k in own[0] if any(len(values(k, by)) > 1 for by in ways) and k not in ("seed", "balance", "source")]
+    varies = ["updates_aim" if k == "updates" else k for k in own[0] if any(len(values(k, by)) > 1 for by in ways) and k not in ("seed", "balance", "source")]
     shares = value in ("accuracy", "accuracy_best", "agreement", "ece")
-    return results_table(grid_frame(runs, records), [*varies, "source"], ["balance"], value, percent=shares, absent="")
+    table = results_table(grid_frame(runs, records), [*varies, "source"], ["balance"], value, percent=shares, absent="")
+    return table.rename_axis(index=dict(updates_aim="updates"))
 
 # %% ../nbs/15_cli.ipynb #cli-main
 def distill_main() -> None:
