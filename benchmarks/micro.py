@@ -223,5 +223,5 @@ def micro(
     if name == "lenet": tables = both(work, batch_size) | tables | data(work, batch_size) | seeds(work, batch_size) | asked(work, (64, 128, 256, 512, 1024, 2048))
     if name == "alexnet": tables = norms(work, batch_size) | both(work, batch_size) | tables | asked(work, (16, 32, 64, 128, 256))
     out = [dict(name=k, items=n, runs=interleaved(calls, repeats, 1 if "batch" in k else inner, work.device)) for k, (n, calls) in tables.items()]
-    if torch.device(work.device).type != "cpu": return out
-    return out + threads(work, batch_size, repeats, inner) + (ahead(work, 8 * DRAWN, repeats) if name == "lenet" else [])
+    if torch.device(work.device).type != "cpu" or name != "lenet": return out
+    return out + threads(work, batch_size, repeats, inner) + ahead(work, 8 * DRAWN, repeats)
