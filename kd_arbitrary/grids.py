@@ -92,7 +92,7 @@ def mosaic_confound() -> list[Run]:
 
 # %% ../nbs/13b_grids.ipynb #grids-photographs
 def photographs() -> list[Run]:
-    "MNIST and Fashion-MNIST: unrelated photographs, alone and with the other of the two sets, balanced or not, beside the original data; equal images, equal updates; the best once more at length."
+    "MNIST and Fashion-MNIST: unrelated photographs, alone and with the other of the two sets, balanced or not, beside the original data; equal images, equal updates; the best once more at length, with more images than the original data."
     none, best = dict(balance="none"), dict(balance="impress", impressed=DEVELOPED["impressed"])
     short, long = dict(n=45_000, updates=5_000), dict(updates=20_000, init="teacher")
     ways = [("cifar10", none | short), ("cifar10", dict(balance="fill") | short), ("cifar10+{}", none | short), ("cifar10+{}", best | short), ("original", none | short),
