@@ -38,7 +38,7 @@ from .noise import NOISE
 from .records import find_record, grid_status, read_records, run_grid, write_record
 from .sources import FILES
 from .synthetic import SYNTHETIC
-from .tables import grid_frame, results_table
+from .tables import SETTING, grid_frame, results_table
 from .transfer import TransferSet
 from .views import VIEWS
 
@@ -424,12 +424,11 @@ def grid_table(
     value: str = "accuracy",  # a column of `records_frame`
 ):  # a table of text
     "One row for each combination of what varies in the grid, one column for each way to balance; blank where the grid has no run."
-    own = [asdict(run) for run in runs if run.source not in GIVEN] or [asdict(run) for run in runs]
-    values = lambda field, by: {c[field] for c in own if c["balance"] == by}
-    ways = list(dict.fromkeys(c["balance"] for c in own))
-    varies = ["updates_aim" if k == "updates" else k for k in own[0] if any(len(values(k, by)) > 1 for by in ways) and k not in ("seed", "balance", "source")]
+    frame = grid_frame(runs, records)
+    own = frame[~frame.source.isin(GIVEN)] if set(frame.source) - set(GIVEN) else frame
+    varies = [k for k in SETTING if k not in ("balance", "source") and (own.groupby("balance")[k].nunique(dropna=False) > 1).any()]
     shares = value in ("accuracy", "accuracy_best", "agreement", "ece")
-    table = results_table(grid_frame(runs, records), [*varies, "source"], ["balance"], value, percent=shares, absent="")
+    table = results_table(frame, [*varies, "source"], ["balance"], value, percent=shares, absent="")
     return table.rename_axis(index=dict(updates_aim="updates"))
 
 # %% ../nbs/15_cli.ipynb #cli-main
