@@ -1,6 +1,6 @@
 """Every notebook is a test, run under the rules of nbdev_test.
 
-    pytest nbs/02_noise.ipynb          # one notebook
+    pytest nbs/pictures/01_noise.ipynb          # one notebook
     pytest --nb-flags "slow cuda"      # also the cells that are skipped otherwise
 """
 import contextlib, io, os

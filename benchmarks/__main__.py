@@ -17,8 +17,8 @@ from benchmarks.measure import Updates, bound, median, rates, timed, unit
 from benchmarks.memory import compare, keep_memory
 from benchmarks.work import PAIRS, RATE, TEMPERATURE, VIEWS, fast_differs, make_work
 from kd_arbitrary.core import write_atomic
-from kd_arbitrary.evaluate import machine, versions
-from kd_arbitrary.models import make_model
+from kd_arbitrary.students.evaluate import machine, versions
+from kd_arbitrary.teachers.networks import make_model
 
 VERSION = 1
 OUT = Path(__file__).resolve().parent.parent / "data" / "results" / "benchmarks"

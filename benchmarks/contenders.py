@@ -15,9 +15,10 @@ from torchvision import transforms as T
 
 from benchmarks.work import RATE, TEMPERATURE, VIEWS, Work, first, plain, steps
 from kd_arbitrary.core import to_float
-from kd_arbitrary.distill import distill, kl
-from kd_arbitrary.transfer import label
-from kd_arbitrary.views import mixup
+from kd_arbitrary.pictures.views import mixup
+from kd_arbitrary.students.distill import distill
+from kd_arbitrary.students.losses import kl
+from kd_arbitrary.transfer.sets import label
 
 
 @dataclass(frozen=True)

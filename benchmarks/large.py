@@ -49,13 +49,13 @@ def sample(n: int, strategy: str, root: Path | None, folder: Path | None) -> dic
     "One size: seconds and peak of balancing and of one epoch of distilling from cached scores."
     import torch
     torch.set_num_threads(1)
-    from kd_arbitrary.balance import balance
-    from kd_arbitrary.data import load_target
-    from kd_arbitrary.distill import distill
-    from kd_arbitrary.models import make_model
-    from kd_arbitrary.sources import make_source
-    from kd_arbitrary.teacher import train_teacher
-    from kd_arbitrary.transfer import memory_needed
+    from kd_arbitrary.transfer.balance import balance
+    from kd_arbitrary.teachers.targets import load_target
+    from kd_arbitrary.students.distill import distill
+    from kd_arbitrary.teachers.networks import make_model
+    from kd_arbitrary.pictures.sources import make_source
+    from kd_arbitrary.teachers.recipes import train_teacher
+    from kd_arbitrary.transfer.sets import memory_needed
     teacher, student = train_teacher(load_target("digits"), root=root, show=False), make_model("lenet5_half", SHAPE, 10, 1)
     source, how = make_source("gaussian", SHAPE), dict(epochs=1, views="none", show=False)
     job = lambda n, path: balance(source, teacher, n, strategy, empty="keep", show=False, path=path)[0]
@@ -97,7 +97,7 @@ def main() -> Path:
     parser.add_argument("--out", type=Path, default=ROOT / "data/results/benchmarks")
     args = parser.parse_args()
     from kd_arbitrary.core import write_atomic
-    from kd_arbitrary.evaluate import machine, versions
+    from kd_arbitrary.students.evaluate import machine, versions
     rows = []
     for n in args.images:
         for strategy in args.strategy:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.work import Pair, stock
-from kd_arbitrary.models import count_flops, count_parameters, make_model
+from kd_arbitrary.teachers.networks import count_flops, count_parameters, make_model
 
 try: import resource
 except ImportError: resource = None                      # Windows: the loaders' processes are not counted

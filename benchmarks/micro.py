@@ -13,13 +13,13 @@ from torch.func import functional_call, stack_module_state
 from benchmarks.contenders import Contender, loader
 from benchmarks.measure import interleaved, timed
 from benchmarks.work import RATE, TEMPERATURE, Work, first
-from kd_arbitrary.balance import balance
 from kd_arbitrary.core import generator, to_float
-from kd_arbitrary.distill import kl
-from kd_arbitrary.models import PairNorm
-from kd_arbitrary.sources import make_source
-from kd_arbitrary.transfer import DRAWN
-from kd_arbitrary.views import make_views
+from kd_arbitrary.pictures.sources import make_source
+from kd_arbitrary.pictures.views import make_views
+from kd_arbitrary.students.losses import kl
+from kd_arbitrary.teachers.networks import PairNorm
+from kd_arbitrary.transfer.balance import balance
+from kd_arbitrary.transfer.sets import DRAWN
 
 
 def train_step(

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from kd_arbitrary.core import generator
-from kd_arbitrary.data import load_target
-from kd_arbitrary.distill import distill
-from kd_arbitrary.models import ConvPool, PairNorm, make_model
-from kd_arbitrary.sources import make_source
-from kd_arbitrary.teacher import Teacher, train_teacher
-from kd_arbitrary.transfer import TransferSet, label
+from kd_arbitrary.pictures.sources import make_source
+from kd_arbitrary.students.distill import distill
+from kd_arbitrary.teachers.networks import ConvPool, PairNorm, make_model
+from kd_arbitrary.teachers.recipes import train_teacher
+from kd_arbitrary.teachers.targets import load_target
+from kd_arbitrary.teachers.teacher import Teacher
+from kd_arbitrary.transfer.sets import TransferSet, label
 
 TEMPERATURE, RATE, VIEWS = 4.0, 1e-3, "affine+mixup"
 DEFAULT_BATCH = inspect.signature(distill).parameters["batch_size"].default

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from kd_arbitrary.data import load_target
-from kd_arbitrary.teacher import train_teacher
+from kd_arbitrary.teachers.recipes import train_teacher
+from kd_arbitrary.teachers.targets import load_target
 
 torch.set_num_threads(1)
 

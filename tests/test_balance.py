@@ -4,10 +4,10 @@ import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
-from kd_arbitrary.balance import STRATEGIES, FillReport, balance, quotas
-from kd_arbitrary.sources import make_source
-from kd_arbitrary.teacher import Teacher
-from kd_arbitrary.transfer import count_distinct
+from kd_arbitrary.pictures.sources import make_source
+from kd_arbitrary.teachers.teacher import Teacher
+from kd_arbitrary.transfer.balance import STRATEGIES, FillReport, balance, quotas
+from kd_arbitrary.transfer.sets import count_distinct
 
 pytestmark = pytest.mark.filterwarnings("ignore:class .* got no image")      # asked for by empty="keep"
 SHAPE = (1, 8, 8)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kd_arbitrary import cli, grids
+from kd_arbitrary import cli
 from kd_arbitrary.core import load_tensors
-from kd_arbitrary.experiment import Run
+from kd_arbitrary.studies.runs import Run
 
 QUICK = ["--n", "300", "--epochs", "1", "--batch-size", "64", "--quiet"]
 ROWS = ("unbalanced", "balanced", "original")
@@ -132,7 +132,7 @@ def test_a_full_disk_harms_nothing(done, monkeypatch, call):
 
 def test_grid_commands(root, tmp_path, monkeypatch):
     quick = [Run(target="digits", source=s, balance=b, n=300, epochs=1) for s in ("strokes", "array(path='none.npz')") for b in ("none", "fill")]
-    monkeypatch.setitem(grids.GRIDS, "quick", lambda: quick)
+    monkeypatch.setitem(cli.GRIDS, "quick", lambda: quick)
     where = ["--results", tmp_path]
     assert "not run" in grid("table", "quick", *where).stdout and grid("status", "quick", *where).stdout == "quick: 4 not run\n"
     good = grid("run", "quick", "--only", "strokes", "--executor", "processes", "--root", root, "--quiet", *where)

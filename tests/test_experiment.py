@@ -9,12 +9,12 @@ import pytest
 from scipy.io import savemat
 from torchvision.datasets import cifar, svhn
 
-from kd_arbitrary.balance import quotas
 from kd_arbitrary.cli import grid_table
-from kd_arbitrary.experiment import Run, execute, now, passes, steps
-from kd_arbitrary.grids import cifar100_full, smoke
-from kd_arbitrary.records import _attempt, grid_status, read_records, run_grid
-from kd_arbitrary.teacher import RECIPES
+from kd_arbitrary.studies.grids import cifar100_full, smoke
+from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
+from kd_arbitrary.studies.runs import Run, execute, now, passes, steps
+from kd_arbitrary.teachers.recipes import RECIPES
+from kd_arbitrary.transfer.balance import quotas
 
 QUICK = dict(n=300, epochs=1, batch_size=64)
 GRID = [replace(run, **QUICK) for run in smoke()]
@@ -69,7 +69,7 @@ def test_dask_does_the_same(root, reference, tmp_path):
 
 def test_two_processes_share_a_grid(root, tmp_path):
     runs = [replace(GRID[0], seed=seed) for seed in range(8)]
-    code = ("import sys, json, torch; from kd_arbitrary.experiment import Run; from kd_arbitrary.records import run_grid; torch.set_num_threads(2)\n"
+    code = ("import sys, json, torch; from kd_arbitrary.studies.runs import Run; from kd_arbitrary.studies.records import run_grid; torch.set_num_threads(2)\n"
             "folder, root, *runs = sys.argv[1:]; run_grid([Run(**json.loads(r)) for r in runs], folder, root=root, show=False)")
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(root), *(json.dumps(asdict(run)) for run in runs)])
     while not any((tmp_path / ".work").glob("*.lock")) and other.poll() is None: time.sleep(0.01)

@@ -10,13 +10,14 @@ from PIL import Image
 from torch import nn
 
 from kd_arbitrary.core import load_tensors
-from kd_arbitrary.data import fetch, load_array, load_folder, load_picture
-from kd_arbitrary.experiment import Run, claim
-from kd_arbitrary.models import make_model
-from kd_arbitrary.records import RecordError, load_record, write_record
-from kd_arbitrary.teacher import Teacher, load_model, save_model
-from kd_arbitrary.train import fit
-from kd_arbitrary.transfer import TransferSet, label
+from kd_arbitrary.pictures.natural import fetch, load_array, load_folder, load_picture
+from kd_arbitrary.studies.records import RecordError, load_record, write_record
+from kd_arbitrary.studies.runs import Run, claim
+from kd_arbitrary.teachers.networks import make_model
+from kd_arbitrary.teachers.recipes import load_model, save_model
+from kd_arbitrary.teachers.teacher import Teacher
+from kd_arbitrary.teachers.training import fit
+from kd_arbitrary.transfer.sets import TransferSet, label
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")          # what it says of broken pictures before it gives up
 SHAPE, ROOM, SECONDS = (1, 4, 4), 768 << 20, 5       # a file of a few kilobytes needs neither so many bytes nor so long

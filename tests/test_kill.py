@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_arbitrary import core, teacher, train
+from kd_arbitrary import core
+from kd_arbitrary.teachers import recipes, training
 from kd_arbitrary.core import load_tensors
-from kd_arbitrary.experiment import Run, execute
-from kd_arbitrary.records import find_record, load_record, run_grid, write_record
+from kd_arbitrary.studies.records import find_record, load_record, run_grid, write_record
+from kd_arbitrary.studies.runs import Run, execute
 
 RUN = Run(target="digits", source="0.5*strokes + 0.5*pyramid", n=260, epochs=4, batch_size=64)
 STAGES = ("made", "half", "flushed", "whole", "renamed")      # of a write, at which a process can be killed
@@ -18,7 +19,7 @@ KILLED = -signal.SIGKILL
 def job(folder: Path, whole_grid: bool = False) -> None:
     "What is started again and again: train a teacher, make a transfer set, teach a student, write the record."
     torch.set_num_threads(1)
-    teacher.RECIPES["digits"]["epochs"], train.SAVE_EVERY = 2, 0          # a checkpoint after each epoch, however short
+    recipes.RECIPES["digits"]["epochs"], training.SAVE_EVERY = 2, 0          # a checkpoint after each epoch, however short
     if whole_grid: return run_grid([RUN], folder / "grid", root=folder / "root", show=False) and None
     out = folder / "out"
     if find_record(out, RUN) is None: write_record(out, execute(RUN, root=folder / "root", out=out, show=False))
@@ -49,7 +50,7 @@ def job_killed_writing(folder: Path, nth: int, stage: str) -> None:
 def start():
     "A way to run a function in a fresh process that has everything imported: (function, arguments, seconds to live) -> exit code."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "kd_arbitrary.records"])
+    context.set_forkserver_preload(["pytest", "kd_arbitrary.studies.records"])
     def start(function, *arguments, seconds=None):
         process = context.Process(target=function, args=arguments)
         process.start()

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from kd_arbitrary.balance import balance
-from kd_arbitrary.distill import distill
-from kd_arbitrary.evaluate import peak_memory_mb
-from kd_arbitrary.sources import make_source
-from kd_arbitrary.teacher import Teacher
-from kd_arbitrary.transfer import memory_needed
+from kd_arbitrary.pictures.sources import make_source
+from kd_arbitrary.students.distill import distill
+from kd_arbitrary.students.evaluate import peak_memory_mb
+from kd_arbitrary.teachers.teacher import Teacher
+from kd_arbitrary.transfer.balance import balance
+from kd_arbitrary.transfer.sets import memory_needed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 SHAPE, N = (3, 48, 48), 28_000          # 194 MB of images

@@ -7,7 +7,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "kd_arbitrary"
 NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if path.parent.name[0] != "."]
-ROOMS = [path.stem.split("_", 1)[1] for path in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
+ROOMS = ("pictures", "teachers", "transfer", "students", "studies")  # imports run down this list, and down the numbers within a room
+
+
+def modules() -> list[str]:
+    "The library's modules in the order in which they may import each other."
+    exports = lambda path: (found := re.search(r"#\| default_exp ([\w.]+)", path.read_text())) and found[1]
+    core, *top = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    rooms = [path for room in ROOMS for path in sorted((ROOT / "nbs" / room).glob("[0-9]*.ipynb"))]
+    return [module for path in (core, *rooms, *top) if (module := exports(path))]
+
+
+MODULES = modules()
 
 
 @pytest.fixture
@@ -23,12 +34,12 @@ def copy(tmp_path):
 
 
 def imports(module: str) -> list[tuple[str, list[str]]]:
-    "What a module imports: (module, names); nbdev writes the library's own modules with a dot, here they are in full."
-    found = []
-    for node in ast.walk(ast.parse((LIBRARY / f"{module}.py").read_text())):
+    "What a module imports: (module, names); nbdev writes the library's own modules with dots, here they are in full."
+    found, home = [], [LIBRARY.name, *module.split(".")]
+    for node in ast.walk(ast.parse((LIBRARY / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import): found += [(alias.name, []) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            source = ".".join([LIBRARY.name] * node.level + [node.module] * bool(node.module))
+            source = ".".join((home[:-node.level] if node.level else []) + [node.module] * bool(node.module))
             found.append((source, [alias.name for alias in node.names]))
     return found
 
@@ -36,8 +47,8 @@ def imports(module: str) -> list[tuple[str, list[str]]]:
 def test_library_is_the_export_of_the_notebooks(copy):
     folder, run = copy
     run("from nbdev.doclinks import nbdev_export; nbdev_export()")
-    exported = {path.name: path.read_text() for path in (folder / LIBRARY.name).glob("*.py")}
-    library = {path.name: path.read_text() for path in LIBRARY.glob("*.py")}
+    texts = lambda top: {path.relative_to(top).as_posix(): path.read_text() for path in top.rglob("*.py")}
+    exported, library = texts(folder / LIBRARY.name), texts(LIBRARY)
     assert exported.keys() == library.keys(), "run nbdev_export; delete modules whose notebook is gone"
     assert [name for name in exported if exported[name] != library[name]] == [], "run nbdev_export"
 
@@ -57,13 +68,21 @@ def test_outputs_name_no_machine():
     assert [path.name for path in NOTEBOOKS if private.search(texts(path))] == [], "run tools/run_notebooks.py"
 
 
-@pytest.mark.parametrize("module", ROOMS)
+def test_notebooks_have_names_that_sort():
+    wrong = [p.name for p in NOTEBOOKS if p.name != "index.ipynb" and not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", p.name)]
+    assert wrong == [], "two digits say the order of reading, no letters"
+    for room in {path.parent for path in NOTEBOOKS}:
+        numbers = sorted(int(path.name[:2]) for path in NOTEBOOKS if path.parent == room and path.name != "index.ipynb")
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), f"the numbers in {room.name} have a hole or a double"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module):
     found = imports(module)
     own = [name for source, names in found for name in names if source == LIBRARY.name]
     own += [source.split(".", 1)[1] for source, _ in found if source.startswith(f"{LIBRARY.name}.")]
-    left = ["__version__", *ROOMS[:ROOMS.index(module)]]
-    assert [name for name in own if name not in left] == [], "a module imports only modules to its left"
+    left = ["__version__", *MODULES[:MODULES.index(module)]]
+    assert [name for name in own if name not in left] == [], "a module imports only modules before it"
     assert [source for source, names in found if "*" in names] == [], "import by name"
     tools = {"nbdev", "fastcore", "execnb", "IPython", "pytest"} & {source.split(".")[0] for source, _ in found}
     assert tools == set(), "the library must run without the tools that build it"

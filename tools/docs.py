@@ -29,7 +29,7 @@ def toctree(pages: list[str]) -> str: return fence("{toctree}", ":hidden:\n\n" +
 def notebooks() -> dict[str, str | None]:
     "Notebook -> the module it exports, if any."
     paths = sorted(Path(path) for path in nbglob())
-    found = {path: re.search(r"#\|\s*default_exp (\w+)", path.read_text()) for path in paths}
+    found = {path: re.search(r"#\|\s*default_exp ([\w.]+)", path.read_text()) for path in paths}
     return {path.relative_to(NBS).as_posix(): f"{LIB}.{match[1]}" if match else None for path, match in found.items()}
 
 

@@ -1,7 +1,7 @@
 """Run notebooks under the rules of nbdev_test and keep their outputs, cleaned for committing.
 
     python tools/run_notebooks.py                       # all notebooks
-    python tools/run_notebooks.py nbs/02_noise.ipynb    # some
+    python tools/run_notebooks.py nbs/pictures/01_noise.ipynb    # some
     python tools/run_notebooks.py --flags "slow cuda"   # also the cells that tests skip
 
 A skipped cell keeps the output it had. A notebook that fails is left as it was.
