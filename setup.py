@@ -26,6 +26,7 @@ setup(
                  "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[name, f"{name}.*"]),
+    package_data={name: ["published/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split(),
                     "bench": cfg["bench_requirements"].split()},

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'N', 'GIVEN', 'SIZES', 'LATER', 'without_neutral', 'run_key', 'Run', 'check_source', 'claim', 'original',
-           'thinned', 'steps', 'passes', 'updates', 'now', 'execute']
+           'thinned', 'steps', 'passes', 'updates', 'now', 'code_version', 'execute']
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports
 import hashlib
 import json
 import math
+import subprocess
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
+from .. import core
 from ..core import data_root, pick, write_atomic
 from ..pictures.natural import NATURAL
 from ..pictures.noise import NOISE
@@ -240,7 +242,8 @@ def _from_transfer(
                      checkpoint=out and out / "checkpoint.safetensors", show=show)
     report = ts.info["report"]
     return dict(student=taught.student, best=taught.best, data=dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces}),
-                results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries), report=report,
+                results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
+                                            gradients=report["gradients"], drawn=report["drawn"]), report=report,
                 seconds=dict(transfer=report["seconds"], distill=taught.seconds), history=thinned(taught.history))
 
 
@@ -269,7 +272,7 @@ def _from_labels(
     scores = F.one_hot(target.train_labels, len(target.classes)).float()
     ts = TransferSet(target.train_images, scores, torch.zeros(len(scores), dtype=torch.uint8), dict(gives="labels"))
     return dict(student=taught.module, best=None, data=dict(kind="original", parts=dict(labels="natural")), report=None, history=[],
-                results=diagnose(ts) | dict(updates=updates(run), queries=0), seconds=dict(transfer=0.0, distill=time.perf_counter() - start))
+                results=diagnose(ts) | dict(updates=updates(run), queries=0, gradients=0, drawn=0), seconds=dict(transfer=0.0, distill=time.perf_counter() - start))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-passes
 def steps(
@@ -318,6 +321,17 @@ def now() -> str:  # e.g. 2027-01-31T12:00:00.000+00:00
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
+@lru_cache
+def code_version() -> dict:  # commit (40 hex digits) and clean (no tracked file of the library differs from it); both None outside a git checkout
+    "Which state of the library this process runs."
+    home = Path(core.__file__).parent
+    git = lambda *words: subprocess.run(["git", "-C", home, *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        ours = git("ls-files", "--error-unmatch", Path(core.__file__).name) != ""
+        return dict(commit=git("rev-parse", "HEAD"), clean=ours and not git("status", "--porcelain", "--untracked-files=no", "--", "."))
+    except (OSError, subprocess.CalledProcessError): return dict(commit=None, clean=None)
+
+
 def execute(
     run: Run,  # what to do
     *,
@@ -337,6 +351,7 @@ def execute(
     card = dict(arch=run.student, shape=list(target.shape), classes=list(target.classes), run=asdict(run), test_accuracy=results["accuracy"])
     if out: save_model(out / "student.safetensors", taught["student"], card)
     return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
-                teacher=dict(arch=run.teacher, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint),
+                teacher=dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
+                             origin="published" if teacher.card["published"] else "own"),
                 results=results, report=taught["report"], seconds=clock.seconds | taught["seconds"], peak_memory_mb=peak_memory_mb(),
-                versions=versions(), machine=machine() | dict(device=device), history=taught["history"])
+                versions=versions(), code=code_version(), machine=machine() | dict(device=device), history=taught["history"])

@@ -74,7 +74,8 @@ class Teacher:
         if not callable(model): raise ValueError(f"a teacher must be a network or a function, got {type(model).__name__}")
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
         if len(self.classes) < 2: raise ValueError(f"a teacher needs at least 2 classes, got {len(self.classes)}")
-        self.input_shape, self.gives, self.device, self.bn, self.queries = tuple(input_shape), gives, torch.device(device), bn, 0
+        self.input_shape, self.gives, self.device, self.bn = tuple(input_shape), gives, torch.device(device), bn
+        self.queries = self.gradients = 0                 # images asked about so far, and those asked about with a graph
         self.module = copy.deepcopy(model).eval().requires_grad_(False).to(device) if isinstance(model, nn.Module) else None
         if self.module is not None and bn == "batch": use_batch_statistics(self.module)
         self._ask = self.module or model
@@ -109,9 +110,10 @@ class Teacher:
         self,
         images: Tensor,  # [n, C, H, W] float32 on the teacher's device
     ) -> Tensor:  # [n, K]
-        "The scores with a graph back to the images; white-box teachers only. Counts as queries."
+        "The scores with a graph back to the images; white-box teachers only. Counts as queries, and as gradients."
         if not self.whitebox: raise ValueError("this teacher is a black box: it has no gradients; use a strategy other than 'fill'")
         self.queries += len(images)
+        self.gradients += len(images)
         return self.module(images)
 
     def __repr__(self): return (f"Teacher({type(self._ask).__name__}, {len(self.classes)} classes, input {self.input_shape}, "

@@ -41,6 +41,7 @@ class FillReport:
     perturbed: tuple[int, ...]  # per class: images nudged into it
     repeated: tuple[int, ...]  # per class: copies of other images of it
     missing: tuple[int, ...]  # per class: asked for and not there
+    gradients: int = 0  # images the teacher was asked about with a graph back to them, for gradient steps
 
     @property
     def quota(self) -> tuple[int, ...]:
@@ -247,7 +248,7 @@ def balance(
     path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
-    start, asked, k = time.perf_counter(), teacher.queries, len(teacher.classes)
+    start, asked, stepped, k = time.perf_counter(), teacher.queries, teacher.gradients, len(teacher.classes)
     asis, nudging, uneven = strategy in ASIS, strategy in NUDGING, imbalance != 1 or missing
     _refuse(source, teacher, n, strategy, empty, uneven)
     want = quotas(n, k, imbalance, missing, seed)
@@ -277,7 +278,7 @@ def balance(
     weights = _weights(kept.rows()[1]) if strategy == "reweight" else None
     ints = lambda t: tuple(t.tolist())
     report = FillReport(strategy, n, teacher.classes, int(seen.sum()), teacher.queries - asked, time.perf_counter() - start, ints(seen),
-                        ints(accepted), ints(perturbed), ints(repeated), ints(short))
+                        ints(accepted), ints(perturbed), ints(repeated), ints(short), teacher.gradients - stepped)
     info = dict(source=source.text, parts=list(source.parts), seed=seed, strategy=strategy, report=report.to_dict()) | (note or {})
     ts = make_set(*kept.rows(), teacher, weights, **info)
     if path: return TransferSet.load(ts.save(path, order)), report
