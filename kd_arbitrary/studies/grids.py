@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG', 'NEAR',
-           'STUDY', 'PAIRS', 'WIDE', 'GRIDS', 'PROBED', 'ALIKE', 'smoke', 'first_results', 'image_free', 'impressions',
-           'developed', 'inherited', 'balance_study', 'mosaic_confound', 'photographs', 'imbalance', 'sizes',
-           'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'select', 'step_flops', 'probe', 'estimate']
+           'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'GRIDS', 'PROBED', 'ALIKE',
+           'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
+           'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
+           'photographs', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -90,6 +92,53 @@ def mosaic_confound() -> list[Run]:
     return [Run(target=t, source=s, n=n, views="none", epochs=EPOCHS, empty="keep", seed=seed, **way) for seed in range(3) for t in NEAR
             for s in ("gaussian", "pyramid", "strokes", "cifar10") for way in ways]
 
+# %% ../../nbs/studies/03_grids.ipynb #grids-verdict
+CONVERGED = dict(n=20_000, updates=7_450)  # fifty passes over what is not held out
+TEACHERS = range(4)  # seeds: of the teacher, and of everything its student draws
+COUNTED = (dict(balance="none"), dict(balance="repeat"), dict(balance="fill"))  # the control, the best way by counting, the way by gradients
+ALL_WAYS = (*COUNTED, dict(balance="quota", limit=1_000_000), dict(balance="reweight"))
+
+
+def _verdict(
+    sources: tuple[str, ...],  # "near" stands for the natural set that resembles the target
+    ways: tuple[dict, ...],  # what differs between the cells of a source
+    **common,  # fields of all runs, over those of `CONVERGED`
+) -> list[Run]:
+    "Runs at convergence, the first teacher's first."
+    fixed = CONVERGED | dict(views="none", empty="keep") | common
+    return [Run(target=t, source=NEAR[t] if s == "near" else s, seed=seed, teacher_seed=seed, **fixed | way)
+            for seed in TEACHERS for way in ways for t in NEAR for s in sources]
+
+
+def verdict() -> list[Run]:
+    "MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: four sources as drawn, repeated, filled, by quota however many draws it takes, reweighted; plain noise as drawn and filled."
+    sources = ("pyramid", "strokes", "near", "cifar10")
+    return _verdict(sources, COUNTED) + _verdict(("gaussian",), COUNTED[::2]) + _verdict(sources, ALL_WAYS[3:])
+
+
+def verdict_queries() -> list[Run]:
+    "MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: 100 to 60,000 images as drawn, repeated, filled."
+    sizes = [dict(way, n=n) for n in (500, 2_000, 100, 60_000) for way in COUNTED]
+    return _verdict(("pyramid", "strokes", "cifar10"), sizes)
+
+
+def verdict_steps() -> list[Run]:
+    "MNIST and Fashion-MNIST, cached scores, 20,000 images, four teachers: 745 to 22,350 steps as drawn, repeated, filled."
+    lengths = [dict(way, updates=u) for u in (745, 2_235, 22_350) for way in COUNTED]
+    return _verdict(("pyramid", "strokes", "cifar10"), lengths)
+
+
+def verdict_relabelled() -> list[Run]:
+    "MNIST and Fashion-MNIST, every view asked about, 7,450 steps, four teachers: four sources as drawn, repeated, filled."
+    return _verdict(("pyramid", "strokes", "near", "cifar10"), COUNTED, views="affine+mixup")
+
+
+def headline_controls() -> list[Run]:
+    "MNIST and Fashion-MNIST, the recipe of the best image-free numbers: as drawn, quota, filled, impressed; random and inherited weights; three teachers."
+    ways = [dict(balance=b) for b in ("none", "quota", "fill")] + [dict(balance="impress", impressed=DEVELOPED["impressed"])]
+    return [Run(target=t, init=init, seed=seed, teacher_seed=seed, empty="keep", **DEVELOPED | dict(impressed=1.0) | way)
+            for seed in TEACHERS[:3] for t in NEAR for way in ways for init in ("random", "teacher")]
+
 # %% ../../nbs/studies/03_grids.ipynb #grids-photographs
 def photographs() -> list[Run]:
     "MNIST and Fashion-MNIST: unrelated photographs, alone and with the other of the two sets, balanced or not, beside the original data; equal images, equal updates; the best once more at length, with more images than the original data."
@@ -161,7 +210,8 @@ def cifar100_full() -> list[Run]:
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 GRIDS = {"smoke": smoke, "first-results": first_results, "image-free": image_free, "impressions": impressions, "developed": developed, "inherited": inherited, "balance-study": balance_study, "mosaic-confound": mosaic_confound,
-         "photographs": photographs, "imbalance": imbalance, "sizes": sizes, "one-factor": one_factor, "cifar10-small": cifar10_small, "cifar10": cifar10_full, "cifar100": cifar100_full}
+         "verdict": verdict, "verdict-queries": verdict_queries, "verdict-steps": verdict_steps, "verdict-relabelled": verdict_relabelled,
+         "headline-controls": headline_controls, "photographs": photographs, "imbalance": imbalance, "sizes": sizes, "one-factor": one_factor, "cifar10-small": cifar10_small, "cifar10": cifar10_full, "cifar100": cifar100_full}
 
 
 def select(
