@@ -28,10 +28,7 @@ from filelock import FileLock, Timeout
 # %% ../nbs/01_cli.ipynb #cli-imports-core
 from . import __version__
 from .core import pick, write_atomic
-from .pictures.natural import NATURAL
-from .pictures.noise import NOISE
-from .pictures.sources import FILES
-from .pictures.synthetic import SYNTHETIC
+from .pictures.noise import SOURCES
 from .pictures.views import VIEWS
 from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
@@ -39,8 +36,7 @@ from .studies.records import find_record, grid_status, read_records, run_grid, w
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
-from .transfer.balance import STRATEGIES
-from .transfer.sets import TransferSet
+from .transfer.sets import STRATEGIES, TransferSet
 
 # %% ../nbs/01_cli.ipynb #cli-errors
 @contextmanager
@@ -217,7 +213,7 @@ Root = Annotated[Path | None, _unsaid("Data root: downloaded sets and trained te
 @distill_app.command("kd_distill")
 def kd_distill(
     target: Annotated[str, _option(f"What the teacher knows: {', '.join(SIZES)}.")] = "digits",
-    source: Annotated[str, _option(f"Where images come from: {', '.join(NOISE | SYNTHETIC)}; real pictures: {', '.join(NATURAL | FILES)}; "
+    source: Annotated[str, _option(f"Where images come from: {', '.join(SOURCES.where(kind='noise') + SOURCES.where(kind='synthetic'))}; real pictures: {', '.join(SOURCES.where(kind='natural') + SOURCES.where(kind='file'))}; "
                                    f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}.")] = MIXTURE,
     balance: Annotated[str, _option(f"How classes are made equally frequent: {', '.join(STRATEGIES)}.")] = "fill",
     n: Annotated[int | None, _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,
@@ -290,7 +286,7 @@ def _chosen(
     only: str | None,  # filter
 ) -> list[Run]:
     "The runs of a grid that are meant; at least one."
-    runs = pick(GRIDS, name, "grid")()
+    runs = GRIDS.pick(name)()
     found = select(runs, only)
     if not found: raise ValueError(f"no run of {name} fits {only!r}; a word is a value or field=value, as in 'mnist pyramid seed=0'")
     return found

@@ -30,7 +30,7 @@ class Small(Teacher):
 
 
 cases = given(k=st.integers(2, 6), favour=st.floats(0, 3), n=st.integers(6, 300), seed=st.integers(0, 99),
-              source=st.sampled_from(["uniform", "powerlaw", "shapes", "0.7*strokes+0.3*pyramid"]), strategy=st.sampled_from(STRATEGIES))
+              source=st.sampled_from(["uniform", "powerlaw", "shapes", "0.7*strokes+0.3*pyramid"]), strategy=st.sampled_from(list(STRATEGIES)))
 
 
 @cases

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..core import data_root, generator, need_memory, pick, progress
+from .noise import SOURCES
 
 # %% ../../nbs/pictures/04_natural.ipynb #data-official
 @dataclass(frozen=True)
@@ -295,7 +296,8 @@ def _training(name: str) -> Callable:
     return lambda root=None, download=True: nchw(labelled(name, root, download)[0].data)
 
 
-NATURAL = {
+NATURAL = SOURCES.kind("natural")  # real pictures: functions (root, download) -> [N, C, H, W] uint8
+for name, load in {
     "pictures": pictures,
     "svhn": _published("svhn", lambda s: nchw(s.data, first=True)),
     "kmnist": _published("kmnist", lambda s: nchw(s.data)),
@@ -309,7 +311,7 @@ NATURAL = {
     "stl10_unlabeled": _published("stl10_unlabeled", lambda s: nchw(s.data, first=True)),
     "dtd": _published("dtd", lambda parts: _stack(parts, 64, "dtd")),
     "places365": _published("places365", lambda s: _stack([s], 64, "places365")),
-}
+}.items(): NATURAL.add(load, name=name)
 
 
 def load_natural(
@@ -318,4 +320,4 @@ def load_natural(
     download: bool = True,  # may a missing set be downloaded?
 ) -> Tensor:  # [N, C, H, W] uint8
     "A natural set by its name."
-    return pick(NATURAL, name, "natural set")(root, download)
+    return NATURAL.pick(name)(root, download)

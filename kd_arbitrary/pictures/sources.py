@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import adapt, check_images, generator, pick
-from .natural import NATURAL, load_array, load_folder, load_natural, load_picture
-from .noise import NOISE, Range, in_chunks, per_image
-from .synthetic import SYNTHETIC
+from .natural import load_array, load_folder, load_picture
+from .noise import SOURCES, Range, in_chunks, per_image
+from . import synthetic  # noqa: F401, its pictures enter SOURCES
 
 # %% ../../nbs/pictures/05_sources.ipynb #sources-share
 def share(
@@ -163,6 +163,9 @@ def crops(
     return out
 
 # %% ../../nbs/pictures/05_sources.ipynb #sources-files
+FILES = SOURCES.kind("file")  # what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+
+
 def fitted(
     images: Tensor,  # [N, C, H, W] uint8, any size
     shape: tuple[int, int, int],  # (C, H, W) wanted
@@ -171,23 +174,23 @@ def fitted(
     return torch.cat([adapt(x, shape) for x in images.split(4096)])
 
 
+@FILES.add
 def array(shape, root, *, path):
     "All images of a NumPy file (`.npz` with the key `images`, or `.npy`)."
     return fitted(load_array(path, root), shape)
 
 
+@FILES.add
 def folder(shape, root, *, path):
     "All pictures below a folder, cut to the aspect of the target."
     return fitted(load_folder(path, tuple(shape[1:]), root), shape)
 
 
+@FILES.add(name="crops")
 def one_picture(shape, root, *, path, scale=(0.1, 0.9), turn=180.0, flip=True):
     "Endless crops of one picture, see `crops`."
     picture = levels(load_picture(path, root), shape[0])
     return partial(crops, picture=picture, scale=scale, turn=turn, flip=flip)
-
-
-FILES = dict(array=array, folder=folder, crops=one_picture)
 
 # %% ../../nbs/pictures/05_sources.ipynb #sources-parse
 def parse_source(
@@ -245,7 +248,7 @@ def options(
 
 
 def make_part(
-    name: str,  # as in `NOISE`, `SYNTHETIC`, `NATURAL` or `FILES`
+    name: str,  # as in `SOURCES`
     arguments: list,  # parameter values in the order of the signature
     keywords: dict,  # parameter values by name
     shape: tuple[int, int, int],  # (C, H, W)
@@ -253,8 +256,9 @@ def make_part(
     download: bool = True,  # may missing sets be downloaded?
 ) -> Part:
     "One part of a source, tried out with one image."
-    f = pick(NOISE | SYNTHETIC | NATURAL | FILES, name, "source")
-    known = {} if name in NATURAL else options(f)
+    f = SOURCES.pick(name)
+    kind = SOURCES.facts[name]["kind"]
+    known = {} if kind == "natural" else options(f)
     if len(arguments) > len(known) or keywords and not known:
         takes = "the parameters " + ", ".join(known) if known else "no parameters"
         raise ValueError(f"{name} takes {takes}; got {', '.join(map(str, [*arguments, *keywords]))}")
@@ -266,15 +270,20 @@ def make_part(
         raise ValueError(f"{name} needs {', '.join(lacking)}, e.g. {name}({lacking[0]}='...')")
     inside = ", ".join(f"{k}={v!r}" for k, v in given.items())
     text = f"{name}({inside})" if given else name
-    kind = "noise" if name in NOISE else "synthetic" if name in SYNTHETIC else "natural"
     try:
-        if name in NATURAL: take = fitted(load_natural(name, root, download), shape)
-        elif name in FILES: take = f(shape, root, **given)
-        else: take = partial(f, **given)
+        take = _OPEN[kind](f, shape, root, download, given)
         if not isinstance(take, Tensor): take = _with_shape(take, shape)
         first = take[:1] if isinstance(take, Tensor) else take(1, generator(0))
-        return Part(text, kind, take, check_images(first, shape).dtype)
+        return Part(text, "natural" if kind == "file" else kind, take, check_images(first, shape).dtype)
     except (TypeError, ValueError, AttributeError, RuntimeError) as e: raise ValueError(f"{text}: {e}") from e
+
+
+_OPEN = dict(  # kind -> what becomes of a source of it: all its images, or a function to draw with
+    noise=lambda f, shape, root, download, given: partial(f, **given),
+    synthetic=lambda f, shape, root, download, given: partial(f, **given),
+    natural=lambda f, shape, root, download, given: fitted(f(root, download), shape),
+    file=lambda f, shape, root, download, given: f(shape, root, **given),
+)
 
 
 def _with_shape(f, shape):

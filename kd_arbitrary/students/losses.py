@@ -9,6 +9,8 @@ __all__ = ['LOSSES', 'soften', 'kl', 'mse', 'l1']
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import Registry
+
 # %% ../../nbs/students/01_losses.ipynb #distill-soften
 def soften(
     scores: Tensor,  # [n, K] from a teacher
@@ -20,6 +22,10 @@ def soften(
     return ((scores if gives == "logits" else scores.clamp_min(1e-12).log()) / temperature).softmax(1)
 
 # %% ../../nbs/students/01_losses.ipynb #distill-losses
+LOSSES = Registry("loss")  # functions (student logits, scores, gives, temperature) -> scalar; the fact `logits` marks those that need the teacher's
+
+
+@LOSSES.add
 def kl(
     student: Tensor,  # [n, K] logits
     scores: Tensor,  # [n, K] of the teacher
@@ -31,14 +37,13 @@ def kl(
     return F.kl_div(F.log_softmax(student / t, 1), soften(scores, gives, t), reduction="batchmean") * t * t
 
 
+@LOSSES.add(logits=True)
 def mse(student: Tensor, scores: Tensor, gives: str, temperature: float) -> Tensor:
     "Mean squared difference of the logits; the temperature plays no part."
     return F.mse_loss(student, scores)
 
 
+@LOSSES.add(logits=True)
 def l1(student: Tensor, scores: Tensor, gives: str, temperature: float) -> Tensor:
     "Mean absolute difference of the logits; the temperature plays no part."
     return F.l1_loss(student, scores)
-
-
-LOSSES = dict(kl=kl, mse=mse, l1=l1)

@@ -24,32 +24,27 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import data_root, pick, write_atomic
-from ..pictures.natural import NATURAL
-from ..pictures.noise import NOISE
-from ..pictures.sources import FILES, Part, Source, make_part, make_source, parse_source
-from ..pictures.synthetic import SYNTHETIC
-from ..pictures.views import make_views
-from ..students.distill import distill
+from ..core import Facts, data_root, option, pick, write_atomic
+from ..pictures.noise import SOURCES
+from ..pictures.sources import Part, Source, make_part, make_source, parse_source
+from ..pictures.views import make_views, unmixed
+from ..students.distill import Lesson, distill
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
-from ..teachers.targets import Target, load_target
+from ..teachers.targets import TARGETS, Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
-from ..transfer.balance import STRATEGIES, balance, check_impressed, quotas
+from ..transfer.balance import Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
-from ..transfer.sets import ASIS, NUDGING, TransferSet, diagnose
+from ..transfer.sets import STRATEGIES, TransferSet, diagnose
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
 VERSION = 1  # of run and record; part of every key
 N = 60_000  # images in a transfer set where nothing is said
 GIVEN = ("original", "labels")  # sources that are the target itself
-SIZES = dict(  # target -> (training images, shape, classes): what must be known before any file is read
-    digits=(1397, (1, 28, 28), 10), mnist=(60_000, (1, 28, 28), 10), fmnist=(60_000, (1, 28, 28), 10),
-    cifar10=(50_000, (3, 32, 32), 10), cifar100=(50_000, (3, 32, 32), 100),
-)
+SIZES = Facts(TARGETS, "size")  # target -> (training images, shape, classes): what must be known before any file is read
 LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")  # fields that older records lack -> the neutral value
 
 
@@ -69,35 +64,19 @@ def run_key(
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-run
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    "All that defines one distillation, from the target to the seed."
+class Run(Lesson, Balancing):
+    "All that defines one distillation, from the target to the seed: the settings of balance and lesson, and these."
     target: str  # a name of `TARGETS`
     source: str  # text for `make_source`; or "original", "labels"
-    n: int | None = None  # images in the transfer set; None: 60,000, or all there are for original and labels
-    balance: str = "fill"  # one of `STRATEGIES`
-    limit: int | None = None  # draws at the most, as for `balance`
-    empty: str = "refuse"  # when a class stays empty: "refuse" or "keep"
-    teacher: str | None = None  # architecture; None: the target's recipe
-    teacher_seed: int = 0  # of the teacher's training
-    teacher_bn: str = "running"  # its batch-norm statistics: "running" or "batch"
-    student: str | None = None  # architecture; None: the target's recipe
-    views: str = "affine+mixup"  # as for `make_views`
-    relabel: bool | None = None  # ask the teacher about every view; None: if there are views
-    cached_views: int = 4  # views per image where they are not re-labelled
-    epochs: int | None = 10  # passes over the set; None where `updates` say how long
-    batch_size: int = 128  # images per step
-    lr: float = 1e-2  # peak learning rate
-    temperature: float = 8.0  # of the KL loss
-    loss: str = "kl"  # "kl", "mse" or "l1"
-    holdout: float = 0.05  # share of the set kept for measuring agreement
-    bfloat16: bool = False  # autocast, for wide networks
-    seed: int = 0  # of the images, the student's first weights, the order and the views
-    updates: int | None = None  # optimiser steps aimed at, whatever the size of the set; None: `epochs` say how long
-    smooth: float | None = None  # blur of the gradient in `fill`, in pixels, 0: none; None: that of `usual_smooth`
-    imbalance: float = 1.0  # wanted share of the most frequent class over that of the rarest, >= 1
-    missing: int = 0  # classes that get no image, 0 .. K - 2
-    impressed: float = 1.0  # share of each class that `impress` makes, in (0, 1]
-    init: str = "random"  # what the student begins with: random weights, or those of the "teacher" (`inherit`)
+    n: int | None = option(None, "Images in the transfer set", unsaid="60,000; all there are for original and labels")
+    balance: str = option("fill", "How classes are made equally frequent")
+    teacher: str | None = option(None, "Network of the teacher", unsaid="the target's recipe")
+    teacher_seed: int = option(0, "Of the teacher's training")
+    teacher_bn: str = option("running", "The teacher's batch-norm statistics: running, batch")
+    student: str | None = option(None, "Network of the student", unsaid="the target's recipe")
+    epochs: int | None = option(10, "Passes over the set; none where updates say how long")
+    updates: int | None = option(None, "Optimiser steps aimed at, whatever the size of the set", unsaid="epochs say how long")
+    init: str = option("random", "What students begin with: random weights, or as many of the teacher's as fit: random, teacher")
 
     def __post_init__(self):
         for name, value in _resolved(self).items(): object.__setattr__(self, name, value)
@@ -123,11 +102,10 @@ def _resolved(
                smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0, impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
-    if run.balance in ASIS: out |= dict(limit=None, imbalance=1.0, missing=0)
+    if run.balance in STRATEGIES.where(as_drawn=True): out |= dict(limit=None, imbalance=1.0, missing=0)
     if out["relabel"] or run.views == "none": out["cached_views"] = 1
     if source != "labels": return out
-    keep = "+".join(v for v in run.views.split("+") if v not in ("mixup", "cutmix")) or "none"
-    return out | dict(views=keep, balance="none", limit=None, empty="refuse", teacher_bn="running", relabel=False, cached_views=1,
+    return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running", relabel=False, cached_views=1,
                       loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
 
 
@@ -138,9 +116,9 @@ def check_source(
 ) -> None:
     "Refuse a source that cannot be, or that is the target in disguise, without reading files."
     for _, name, arguments, keywords in parse_source(text):
-        pick(NOISE | SYNTHETIC | NATURAL | FILES, name, f"source ({' and '.join(GIVEN)} stand alone)")
+        pick(SOURCES, name, f"source ({' and '.join(GIVEN)} stand alone)")
         if name == target: raise ValueError(f"{text!r} holds the target's own images; the source 'original' is for that")
-        if name not in NOISE and name not in SYNTHETIC: continue
+        if SOURCES.facts[name]["kind"] not in ("noise", "synthetic"): continue
         part = make_part(name, arguments, keywords, SIZES[target][1])
         if target in ("digits", "mnist") and name == "glyphs" and "digits=True" in part.text:
             raise ValueError(f"{part.text} draws digits, which {target} is made of; leave digits out")
@@ -151,8 +129,8 @@ def _check(
 ) -> None:
     "Refuse a run that cannot be done, saying what would be right."
     size, shape, k = SIZES[run.target]
-    pick(MODELS, run.teacher, "teacher"), pick(MODELS, run.student, "student"), pick(LOSSES, run.loss, "loss")
-    pick(dict.fromkeys(STRATEGIES), run.balance, "balance strategy"), make_views(run.views)
+    pick(MODELS, run.teacher, "teacher"), pick(MODELS, run.student, "student"), LOSSES.pick(run.loss)
+    STRATEGIES.pick(run.balance), make_views(run.views)
     pick(dict.fromkeys(("refuse", "keep")), run.empty, "way with empty classes")
     pick(dict.fromkeys(("running", "batch")), run.teacher_bn, "teacher_bn")
     if pick({"random": False, "teacher": True}, run.init, "init"):
@@ -214,7 +192,7 @@ def _transfer_set(
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
-    if run.bfloat16 and run.balance in NUDGING: options["bfloat16"] = wanted["bfloat16"] = True
+    if run.bfloat16 and run.balance in STRATEGIES.where(nudges=True): options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
@@ -350,8 +328,20 @@ def execute(
     with clock("evaluate"): results = taught["results"] | _measured(run, taught, target, teacher, device)
     card = dict(arch=run.student, shape=list(target.shape), classes=list(target.classes), run=asdict(run), test_accuracy=results["accuracy"])
     if out: save_model(out / "student.safetensors", taught["student"], card)
-    return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
-                teacher=dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
-                             origin="published" if teacher.card["published"] else "own"),
-                results=results, report=taught["report"], seconds=clock.seconds | taught["seconds"], peak_memory_mb=peak_memory_mb(),
-                versions=versions(), code=code_version(), machine=machine() | dict(device=device), history=taught["history"])
+    return _record(run, teacher, taught, results, clock.seconds | taught["seconds"], device)
+
+
+def _record(
+    run: Run,  # that was done
+    teacher: Teacher,  # who taught
+    taught: dict,  # of `_from_transfer`
+    results: dict,  # numbers
+    seconds: dict,  # per stage
+    device: str,  # where networks ran
+) -> dict:
+    "All that should be known of a finished run."
+    who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
+               origin="published" if teacher.card["published"] else "own")
+    return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
+                results=results, report=taught["report"], seconds=seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
+                code=code_version(), machine=machine() | dict(device=device), history=taught["history"])

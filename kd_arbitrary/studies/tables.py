@@ -13,10 +13,8 @@ from dataclasses import asdict, fields
 import pandas as pd
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-imports-core
-from ..pictures.natural import NATURAL
-from ..pictures.noise import NOISE
-from ..pictures.sources import FILES, parse_source
-from ..pictures.synthetic import SYNTHETIC
+from ..pictures.noise import SOURCES
+from ..pictures.sources import parse_source
 from .runs import GIVEN, LATER, Run
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-kind
@@ -31,8 +29,8 @@ def source_kind(
     try: names = {name for _, name, _, _ in parse_source(text)}
     except ValueError: return "other"
     if len(names) > 1: return "mixture"
-    tables = dict(noise=NOISE, synthetic=SYNTHETIC, natural=NATURAL | FILES)
-    return next((kind for kind, table in tables.items() if names <= set(table)), "other")
+    kind = {SOURCES.facts[name]["kind"] if name in SOURCES else "other" for name in names}.pop()
+    return "natural" if kind == "file" else kind
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-frame
 COLUMNS = ("key", "status", "kind", "target", "source", "balance", "n", "seed", "accuracy", "accuracy_best", "agreement", "ece",

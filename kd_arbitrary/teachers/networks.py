@@ -11,7 +11,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.inception import BasicConv2d
 from torchvision.models.vgg import cfgs, make_layers
 
-from ..core import pick
+from ..core import Registry
 
 # %% ../../nbs/teachers/01_networks.ipynb #models-normalize
 class Normalize(nn.Module):
@@ -327,20 +327,21 @@ def inception_v3(
     return _he(nn.Sequential(OrderedDict(_front(shape, 32) + [("net", net)])))
 
 # %% ../../nbs/teachers/01_networks.ipynb #models-make
-MODELS = {
+MODELS = Registry("model")  # functions (shape, classes) -> network, from images in [0, 1] to logits
+for name, build in {
     "lenet5": lenet,
-    "lenet5_half": lambda shape, classes: lenet(shape, classes, (3, 8)),
+    "lenet5_half": partial(lenet, widths=(3, 8)),
     "alexnet": alexnet,
-    "alexnet_half": lambda shape, classes: alexnet(shape, classes, 2),
+    "alexnet_half": partial(alexnet, divide=2),
     "resnet18": resnet,
-    "resnet34": lambda shape, classes: resnet(shape, classes, tvm.resnet34),
+    "resnet34": partial(resnet, build=tvm.resnet34),
     "vgg11": vgg11,
     "wrn40_2": wide_resnet,
-    "wrn40_1": lambda shape, classes: wide_resnet(shape, classes, 40, 1),
-    "wrn16_2": lambda shape, classes: wide_resnet(shape, classes, 16, 2),
-    "wrn16_1": lambda shape, classes: wide_resnet(shape, classes, 16, 1),
+    "wrn40_1": partial(wide_resnet, depth=40, k=1),
+    "wrn16_2": partial(wide_resnet, depth=16, k=2),
+    "wrn16_1": partial(wide_resnet, depth=16, k=1),
     "inception_v3": inception_v3,
-}
+}.items(): MODELS.add(build, name=name)
 
 
 def make_model(
@@ -350,7 +351,7 @@ def make_model(
     seed: int = 0,  # of the first weights
 ) -> nn.Module:  # takes [N, C, H, W] float32 in [0, 1], gives [N, classes] logits
     "A new network by its name."
-    build = pick(MODELS, name, "model")
+    build = MODELS.pick(name)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"shape must be three positive numbers (C, H, W), got {shape}")
     if classes < 1: raise ValueError(f"classes must be at least 1, got {classes}")

@@ -18,10 +18,10 @@ from torch import nn
 
 # %% ../../nbs/teachers/05_recipes.ipynb #recipes-imports-core
 from .. import core
-from ..core import data_root, load_tensors, pick, save_tensors, to_float, write_atomic
+from ..core import Facts, data_root, load_tensors, pick, save_tensors, to_float, write_atomic
 from ..pictures.views import make_views
 from .networks import make_model
-from .targets import Target
+from .targets import TARGETS, Target
 from .teacher import Teacher
 from .training import fit, predict
 
@@ -53,13 +53,7 @@ def load_model(
     return model, card
 
 # %% ../../nbs/teachers/05_recipes.ipynb #teacher-recipes
-RECIPES = dict(  # epochs, batch size, peak rate, views; `half` is the student that goes with the teacher
-    digits=dict(arch="lenet5", half="lenet5_half", epochs=40, batch_size=64, lr=3e-3, views="affine"),
-    mnist=dict(arch="lenet5", half="lenet5_half", epochs=20, batch_size=128, lr=3e-3, views="affine"),
-    fmnist=dict(arch="lenet5", half="lenet5_half", epochs=40, batch_size=128, lr=3e-3, views="flip"),
-    cifar10=dict(arch="alexnet", half="alexnet_half", epochs=16, batch_size=128, lr=2e-3, views="crop+flip", weight_decay=1e-2, bfloat16=True),
-    cifar100=dict(arch="wrn40_2", half="wrn16_2", epochs=60, batch_size=128, lr=4e-3, views="crop+flip", weight_decay=1e-2, bfloat16=True),
-)
+RECIPES = Facts(TARGETS, "recipe")  # target -> network, epochs, batch size, peak rate, views; `half` is the student that goes with the teacher
 
 
 def teacher_name(

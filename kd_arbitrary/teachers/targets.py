@@ -14,8 +14,11 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
-from ..core import pick
+from ..core import Registry
 from ..pictures.natural import labelled, nchw
+
+# %% ../../nbs/teachers/03_targets.ipynb #targets-registry
+TARGETS = Registry("target")  # functions (root, download) -> Target
 
 # %% ../../nbs/teachers/03_targets.ipynb #data-target
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,8 @@ class Target:
         return tuple(self.train_images.shape[1:])
 
 # %% ../../nbs/teachers/03_targets.ipynb #data-digits
+@TARGETS.add(size=(1397, (1, 28, 28), 10),
+             recipe=dict(arch="lenet5", half="lenet5_half", epochs=40, batch_size=64, lr=3e-3, views="affine"))
 def digits(
     root: str | Path | None = None,  # not used: the set comes with scikit-learn
     download: bool = True,  # not used
@@ -71,6 +76,8 @@ def _target(name, parts) -> Target:
     return Target(name, classes, images[0], labels[0], images[1], labels[1])
 
 
+@TARGETS.add(size=(60_000, (1, 28, 28), 10),
+             recipe=dict(arch="lenet5", half="lenet5_half", epochs=20, batch_size=128, lr=3e-3, views="affine"))
 def mnist(
     root: str | Path | None = None,  # the data root
     download: bool = True,  # may the network be asked?
@@ -79,6 +86,9 @@ def mnist(
     return _target("mnist", labelled("mnist", root, download))
 
 
+@TARGETS.add(size=(50_000, (3, 32, 32), 10),
+             recipe=dict(arch="alexnet", half="alexnet_half", epochs=16, batch_size=128, lr=2e-3, views="crop+flip",
+                         weight_decay=1e-2, bfloat16=True))
 def cifar10(
     root: str | Path | None = None,  # the data root
     download: bool = True,  # may the network be asked?
@@ -87,6 +97,9 @@ def cifar10(
     return _target("cifar10", labelled("cifar10", root, download))
 
 
+@TARGETS.add(size=(50_000, (3, 32, 32), 100),
+             recipe=dict(arch="wrn40_2", half="wrn16_2", epochs=60, batch_size=128, lr=4e-3, views="crop+flip",
+                         weight_decay=1e-2, bfloat16=True))
 def cifar100(
     root: str | Path | None = None,  # the data root
     download: bool = True,  # may the network be asked?
@@ -95,6 +108,8 @@ def cifar100(
     return _target("cifar100", labelled("cifar100", root, download))
 
 
+@TARGETS.add(size=(60_000, (1, 28, 28), 10),
+             recipe=dict(arch="lenet5", half="lenet5_half", epochs=40, batch_size=128, lr=3e-3, views="flip"))
 def fmnist(
     root: str | Path | None = None,  # the data root
     download: bool = True,  # may the network be asked?
@@ -103,13 +118,10 @@ def fmnist(
     return _target("fmnist", labelled("fmnist", root, download))
 
 # %% ../../nbs/teachers/03_targets.ipynb #data-load-target
-TARGETS = {f.__name__: f for f in (digits, mnist, fmnist, cifar10, cifar100)}
-
-
 def load_target(
     name: str,  # as in `TARGETS`
     root: str | Path | None = None,  # the data root; None: `$KD_ARBITRARY_DATA`, else ./data
     download: bool = True,  # may a missing set be downloaded?
 ) -> Target:
     "A target by its name."
-    return pick(TARGETS, name, "target")(root, download)
+    return TARGETS.pick(name)(root, download)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 # %% ../../nbs/teachers/02_training.ipynb #train-imports-core
 from ..core import generator, keep_freed, load_tensors, progress, save_tensors, to_float
@@ -180,6 +181,29 @@ def batches(
     return split[:-1] if len(split) > 1 and len(split[-1]) == 1 else split
 
 
+@dataclass
+class _Loop:
+    "A training run: what was asked for, and where it stands."
+    model: nn.Module  # trained in place
+    loss_of: Callable  # (model, index [b], generator) -> scalar loss
+    n: int  # training images
+    epochs: int
+    batch_size: int
+    lr: float  # peak
+    weights: Tensor | None  # [n] sampling weights
+    measure: Callable | None  # model -> dict of numbers
+    seed: int
+    bfloat16: bool
+    device: str | torch.device
+    path: Path | None  # of the checkpoint
+    config: dict  # what a checkpoint must agree in
+    optimiser: torch.optim.Optimizer
+    fit: Fit  # what there is so far
+    per_epoch: int  # steps
+    bar: tqdm
+    saved: float = -math.inf  # when the checkpoint was written, by the monotonic clock
+
+
 def fit(
     model: nn.Module,  # trained in place
     loss_of: Callable,  # (model, index [b], generator) -> scalar loss
@@ -200,43 +224,77 @@ def fit(
     show: bool = True,  # a progress bar
 ) -> Fit:  # history, best state, updates
     "Train by Adam with a one-cycle rate; with a checkpoint file, continue where the last run stopped."
-    if epochs < 1 or batch_size < 1 or n < 1: raise ValueError(f"epochs, batch_size and n must be at least 1, got {epochs}, {batch_size}, {n}")
+    if min(epochs, batch_size, n) < 1: raise ValueError(f"epochs, batch_size and n must be at least 1, got {epochs}, {batch_size}, {n}")
     if not lr > 0: raise ValueError(f"lr must be positive, got {lr}; try 2e-3")
     keep_freed()
     if bfloat16: model.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    config = json.loads(json.dumps(dict(config or {}, n=n, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-                                        seed=seed, bfloat16=bfloat16, layout=_layout(model))))
-    fit, path = Fit(), Path(checkpoint) if checkpoint else None
-    if path and path.exists():
-        fit = _continue(path, config, model, optimiser)
+    own = dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, bfloat16=bfloat16, layout=_layout(model))
+    config, path = json.loads(json.dumps((config or {}) | own)), Path(checkpoint) if checkpoint else None
+    done = _continue(path, config, model, optimiser) if path and path.exists() else Fit()
     per_epoch = len(batches(n, batch_size, generator(0)))
-    bar, saved = progress(None, desc, epochs * per_epoch, show, initial=fit.updates), -math.inf
-    for epoch in range(len(fit.history), epochs):
-        start, g, total = time.perf_counter(), generator(seed, "epoch", epoch), 0.0
-        model.train()
-        with torch.random.fork_rng():
-            torch.manual_seed(g.initial_seed())
-            for index in batches(n, batch_size, g, weights):
-                rate = lr * one_cycle(fit.updates, epochs * per_epoch)
-                for group in optimiser.param_groups: group["lr"] = rate
-                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16): loss = loss_of(model, index, g)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                total, fit.updates = total + loss.detach(), fit.updates + 1
-                bar.update()
-        entry = dict(epoch=epoch + 1, loss=float(total) / per_epoch, lr=rate, **(measure(model) if measure else {}))
-        if not math.isfinite(entry["loss"]): raise ValueError(f"the loss of epoch {epoch + 1} is {entry['loss']}; lower lr (now {lr}) or check the scores")
-        if "agreement" in entry and entry["agreement"] > max((h["agreement"] for h in fit.history), default=-1):
-            fit.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-        fit.history.append(entry | dict(seconds=round(time.perf_counter() - start, 4)))
-        bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "agreement")})
-        if path and (epoch + 1 == epochs or time.monotonic() - saved >= SAVE_EVERY):
-            save_tensors(path, _flatten(model, optimiser, fit.best), dict(config=config, history=fit.history, updates=fit.updates), "checkpoint")
-            saved = time.monotonic()
+    bar = progress(None, desc, epochs * per_epoch, show, initial=done.updates)
+    loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, bfloat16, device, path, config, optimiser, done, per_epoch, bar)
+    for epoch in range(len(done.history), epochs):
+        _remember(loop, _epoch(loop, epoch))
+        _keep(loop)
     bar.close()
-    return fit
+    return done
+
+
+def _epoch(
+    loop: _Loop,  # its model is trained
+    epoch: int,  # counted from 0
+) -> dict:  # what the history says of it
+    "One pass over the set."
+    start, g, total = time.perf_counter(), generator(loop.seed, "epoch", epoch), 0.0
+    loop.model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(g.initial_seed())
+        for index in batches(loop.n, loop.batch_size, g, loop.weights): total = total + _step(loop, index, g)
+    entry = dict(epoch=epoch + 1, loss=float(total) / loop.per_epoch, lr=loop.optimiser.param_groups[0]["lr"])
+    entry |= loop.measure(loop.model) if loop.measure else {}
+    return entry | dict(seconds=round(time.perf_counter() - start, 4))
+
+
+def _step(
+    loop: _Loop,  # its model is trained
+    index: Tensor,  # [b] images of the batch
+    g: torch.Generator,  # for whatever the loss draws
+) -> Tensor:  # scalar, the loss
+    "One optimiser step."
+    rate = loop.lr * one_cycle(loop.fit.updates, loop.epochs * loop.per_epoch)
+    for group in loop.optimiser.param_groups: group["lr"] = rate
+    with torch.autocast(torch.device(loop.device).type, torch.bfloat16, enabled=loop.bfloat16): loss = loop.loss_of(loop.model, index, g)
+    loop.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    loop.optimiser.step()
+    loop.fit.updates += 1
+    loop.bar.update()
+    return loss.detach()
+
+
+def _remember(
+    loop: _Loop,  # its history grows
+    entry: dict,  # of `_epoch`
+) -> None:
+    "Add an epoch to the history, and keep the weights if no epoch agreed better."
+    if not math.isfinite(entry["loss"]):
+        raise ValueError(f"the loss of epoch {entry['epoch']} is {entry['loss']}; lower lr (now {loop.lr}) or check the scores")
+    best = max((h["agreement"] for h in loop.fit.history if "agreement" in h), default=-1)
+    if entry.get("agreement", -2) > best: loop.fit.best = {k: v.detach().cpu().clone() for k, v in loop.model.state_dict().items()}
+    loop.fit.history.append(entry)
+    loop.bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "agreement")})
+
+
+def _keep(
+    loop: _Loop,  # what is saved
+) -> None:
+    "Write the checkpoint, after the last epoch and otherwise at most once a second."
+    if loop.path is None or len(loop.fit.history) < loop.epochs and time.monotonic() - loop.saved < SAVE_EVERY: return
+    meta = dict(config=loop.config, history=loop.fit.history, updates=loop.fit.updates)
+    save_tensors(loop.path, _flatten(loop.model, loop.optimiser, loop.fit.best), meta, "checkpoint")
+    loop.saved = time.monotonic()
 
 
 def _layout(
