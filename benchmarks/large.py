@@ -49,14 +49,13 @@ def sample(n: int, strategy: str, root: Path | None, folder: Path | None) -> dic
     "One size: seconds and peak of balancing and of one epoch of distilling from cached scores."
     import torch
     torch.set_num_threads(1)
-    from kd_arbitrary.transfer.balance import balance
+    from kd_arbitrary.transfer.balance import balance, memory_needed
     from kd_arbitrary.teachers.targets import load_target
     from kd_arbitrary.students.distill import distill
     from kd_arbitrary.teachers.networks import make_model
     from kd_arbitrary.pictures.sources import make_source
     from kd_arbitrary.teachers.recipes import train_teacher
-    from kd_arbitrary.transfer.sets import memory_needed
-    teacher, student = train_teacher(load_target("digits"), root=root, show=False), make_model("lenet5_half", SHAPE, 10, 1)
+        teacher, student = train_teacher(load_target("digits"), root=root, show=False), make_model("lenet5_half", SHAPE, 10, 1)
     source, how = make_source("gaussian", SHAPE), dict(epochs=1, views="none", show=False)
     job = lambda n, path: balance(source, teacher, n, strategy, empty="keep", show=False, path=path)[0]
     distill(teacher, student, job(2048, None), **how)                                        # what libraries allocate once

@@ -19,7 +19,7 @@ from kd_arbitrary.pictures.views import make_views
 from kd_arbitrary.students.losses import kl
 from kd_arbitrary.teachers.networks import PairNorm
 from kd_arbitrary.transfer.balance import balance
-from kd_arbitrary.transfer.sets import DRAWN
+from kd_arbitrary.transfer.balance import DRAWN
 
 
 def train_step(

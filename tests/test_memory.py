@@ -11,8 +11,7 @@ from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.students.distill import distill
 from kd_arbitrary.students.evaluate import peak_memory_mb
 from kd_arbitrary.teachers.teacher import Teacher
-from kd_arbitrary.transfer.balance import balance
-from kd_arbitrary.transfer.sets import memory_needed
+from kd_arbitrary.transfer.balance import balance, memory_needed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 SHAPE, N = (3, 48, 48), 28_000          # 194 MB of images

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import adapt, check_images, generator, pick
 from .natural import load_array, load_folder, load_picture
 from .noise import SOURCES, Range, in_chunks, per_image
-from . import synthetic  # noqa: F401, its pictures enter SOURCES
+from .synthetic import SYNTHETIC  # noqa: F401, for its pictures, which enter SOURCES
 
 # %% ../../nbs/pictures/05_sources.ipynb #sources-share
 def share(

@@ -20,7 +20,8 @@ from ..pictures.views import make_views
 from .losses import LOSSES
 from ..teachers.teacher import Teacher
 from ..teachers.training import fit, predict
-from ..transfer.sets import TransferSet, memory_needed
+from ..transfer.balance import memory_needed
+from ..transfer.sets import TransferSet
 
 # %% ../../nbs/students/02_distill.ipynb #distill-cache
 def cache_views(

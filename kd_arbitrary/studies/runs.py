@@ -36,9 +36,9 @@ from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
-from ..transfer.balance import Balancing, balance, check_impressed, quotas
+from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
-from ..transfer.sets import STRATEGIES, TransferSet, diagnose
+from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
 VERSION = 1  # of run and record; part of every key
