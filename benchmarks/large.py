@@ -55,7 +55,7 @@ def sample(n: int, strategy: str, root: Path | None, folder: Path | None) -> dic
     from kd_arbitrary.teachers.networks import make_model
     from kd_arbitrary.pictures.sources import make_source
     from kd_arbitrary.teachers.recipes import train_teacher
-        teacher, student = train_teacher(load_target("digits"), root=root, show=False), make_model("lenet5_half", SHAPE, 10, 1)
+    teacher, student = train_teacher(load_target("digits"), root=root, show=False), make_model("lenet5_half", SHAPE, 10, 1)
     source, how = make_source("gaussian", SHAPE), dict(epochs=1, views="none", show=False)
     job = lambda n, path: balance(source, teacher, n, strategy, empty="keep", show=False, path=path)[0]
     distill(teacher, student, job(2048, None), **how)                                        # what libraries allocate once
