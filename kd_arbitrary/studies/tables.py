@@ -57,8 +57,8 @@ def _row(
     "A record as one row."
     r = {name: record.get(name) or {} for name in ("config", "results", "report", "data", "seconds")}
     config = LATER | r["config"]
-    row = _scalars({k: record.get(k) for k in ("key", "status", "error", "peak_memory_mb", "teacher", "machine")}) | _scalars(config)
-    row |= dict(updates=None, updates_aim=config["updates"])
+    row = _scalars({k: record.get(k) for k in ("key", "status", "error", "peak_memory_mb", "teacher", "machine", "code")}) | _scalars(config)
+    row |= dict(updates=None, updates_aim=config["updates"], traced=bool(row.get("code_commit") and row.get("teacher_origin")))
     row |= _scalars(r["results"]) | {name: sum(r["report"][fate]) for fate, name in FATES.items() if fate in r["report"]}
     row |= _scalars(r["seconds"], "seconds_") | dict(kind=r["data"].get("kind") or source_kind(row.get("source", "")))
     if set(STUDENT_COST) <= set(r["seconds"]): row["seconds"] = sum(r["seconds"][s] for s in STUDENT_COST)
@@ -105,6 +105,9 @@ def only_seeds(
         if mixed := [c for c in SETTING if c in runs and runs[c].nunique(dropna=False) > 1]:
             raise ValueError(f"the runs of {', '.join(map(str, cell))} differ in {', '.join(mixed)}, not only in the seed; "
                              "select one value first, or make it a row or a column")
+        done = runs[runs.status == "done"] if "status" in runs else runs
+        if "traced" in done and done.traced.nunique() > 1:
+            raise ValueError(f"the runs of {', '.join(map(str, cell))} are partly of older records, which name neither commit nor teacher; select by the column traced")
 
 
 def _cell(
