@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import adapt, check_images, generator, pick
 from .natural import load_array, load_folder, load_picture
 from .noise import SOURCES, Range, in_chunks, per_image
-from .synthetic import SYNTHETIC  # noqa: F401, for its pictures, which enter SOURCES
+from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all of them enter SOURCES
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-share
 def share(
