@@ -25,7 +25,7 @@ from typing import Annotated
 import torch
 import typer
 from filelock import FileLock, Timeout
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 # %% ../nbs/01_cli.ipynb #cli-imports-core
 from . import __version__
@@ -189,9 +189,16 @@ def _version(show: bool) -> None:
         raise typer.Exit()
 
 # %% ../nbs/01_cli.ipynb #cli-distill
+class _Group(TyperGroup):
+    "A command with commands below it, whose help lists what the registries hold."
+    def format_help(self, ctx, formatter):
+        self.help = _filled(self.help)
+        super().format_help(ctx, formatter)
+
+
 def _app(help: str | None = None) -> typer.Typer:
     "An empty command line application, in plain text."
-    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=help)
+    return typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=help)
 
 
 distill_app = _app()
@@ -459,7 +466,7 @@ def _duration(
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 # %% ../nbs/01_cli.ipynb #cli-experiment
-experiment_app = _app("Run grids of distillations and show what came out. `kd_experiment list` names the grids.")
+experiment_app = _app("Run grids of distillations and show what came out. Grids: {name}.")
 Name = Annotated[str, typer.Argument(help="A grid: {name}.")]
 Only = Annotated[str | None, typer.Option(help="Only runs that fit all words; a word is a value or field=value, as in 'mnist pyramid seed=0'.")]
 Results = Annotated[Path, typer.Option(help="Folder with a folder of records for each grid.")]
