@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'LABELS', 'distill_app', 'Device', 'Quiet', 'Debug', 'Version', 'NAMES', 'Plugin', 'Root',
-           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'exit_with', 'settings', 'comparison', 'default_out',
-           'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table', 'len_of', 'distil_own', 'kd_distill',
-           'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table', 'grid_table', 'distill_main',
-           'experiment_main']
+           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app', 'exit_with', 'settings',
+           'comparison', 'default_out', 'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table', 'len_of',
+           'distil_own', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
+           'grid_table', 'kd_diagnose', 'distill_main', 'diagnose_main', 'experiment_main']
 
 # %% ../nbs/01_cli.ipynb #cli-imports
 import io
@@ -31,6 +31,7 @@ from typer.core import TyperCommand, TyperGroup
 from . import __version__
 from .core import load_plugin, pick, write_atomic
 from .pictures.noise import SOURCES
+from .pictures.sources import make_source
 from .pictures.views import VIEWS
 from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
@@ -39,8 +40,11 @@ from .studies.records import find_record, grid_status, read_records, run_grid, w
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
-from .teachers.targets import TARGETS
+from .teachers.adapters import load_teacher
+from .teachers.recipes import train_teacher
+from .teachers.targets import TARGETS, load_target
 from .transfer.balance import STRATEGIES
+from .transfer.diagnosis import diagnose
 from .transfer.sets import TransferSet
 
 # %% ../nbs/01_cli.ipynb #cli-errors
@@ -590,9 +594,45 @@ def grid_table(
     return table.rename_axis(index=dict(updates_aim="updates"))
 
 # %% ../nbs/01_cli.ipynb #cli-main
+diagnose_app = _app()
+
+
+@diagnose_app.command("kd_diagnose", cls=_Listing)
+def kd_diagnose(
+    teacher: Annotated[str, _option("As for kd_distill: a file, torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; or a target, whose published or trained teacher is meant.")],
+    images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
+    source: Annotated[str | None, _unsaid("Where images would come from: {drawn}; real pictures: {real}; or a weighted sum", MIXTURE)] = None,
+    n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
+    sample: Annotated[int, _option("Images to look at.")] = 2_000,
+    classes: Annotated[str | None, _job_said("classes")] = None,
+    input_shape: Annotated[str | None, _job_said("input_shape")] = None,
+    gives: Annotated[str | None, _job_said("gives")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
+    seed: Annotated[int, _option("Of the look.")] = 0,
+    root: Root = None,
+    plugin: Plugin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+    version: Version = False,
+):
+    """Look before you leap: what a teacher sees in a source, and what balance would cost. Nothing is trained, nothing is written."""
+    with exit_with(2, debug): source, shape, names = source_of(images, source, False), _numbers(input_shape, int, "--input-shape"), _names(classes)
+    with exit_with(1, debug):
+        torch.set_num_threads(1)
+        if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, show=False)
+        else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
+        found = diagnose(make_source(source or MIXTURE, who.input_shape, root), who, n, sample, seed)
+        typer.echo(json.dumps(asdict(found)) if as_json else str(found))
+
+
 def distill_main() -> None:
     "The command `kd_distill`."
     distill_app(prog_name="kd_distill")
+
+
+def diagnose_main() -> None:
+    "The command `kd_diagnose`."
+    diagnose_app(prog_name="kd_diagnose")
 
 
 def experiment_main() -> None:
