@@ -117,8 +117,8 @@ def _canvas(
     return ax
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-sheet
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def sheet(
     images: Tensor,  # [N, C, H, W] uint8 or float, gray or colour; the first rows * columns are shown
     rows: int = 2,  # at the most
@@ -167,8 +167,8 @@ def _class_axis(
     ax.set(xlabel="class the teacher sees", xlim=(-0.7, len(names) - 0.3))
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-histogram
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def class_histogram(
     sets: dict[str, TransferSet],  # title to set
 ) -> Figure:
@@ -191,8 +191,8 @@ def class_histogram(
 FATES = dict(accepted=BLUE, perturbed=ORANGE, repeated=PURPLE, missing="white")
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def fill_bars(
     report: FillReport | dict,  # as `balance` returned it, or as it stands in a record
 ) -> Figure:
@@ -233,8 +233,8 @@ def _summary_block(
             else: ax.add_patch(Rectangle((left, y), side, side, fill=False, edgecolor=GROUND, linewidth=0.8, linestyle=(0, (3, 3))))
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def summary(
     before: TransferSet,  # as drawn
     after: TransferSet,  # balanced, by the same teacher
@@ -295,8 +295,8 @@ def _summary_bars(
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0), ncols=2, borderaxespad=0.3, handlelength=1.2)
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-curves
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def learning_curves(
     runs: dict[str, list[dict] | dict],  # label to history, or to record
 ) -> Figure:
@@ -328,8 +328,8 @@ def _bar_order(
     return rank.assign(place=rank.kind.map({k: i for i, k in enumerate(KINDS)})).sort_values(["place", "mean"], ascending=[True, False], ignore_index=True)
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def accuracy_bars(
     frame: pd.DataFrame,  # of `records_frame`
     x: str = "source",  # one group of bars for each of its values
@@ -369,6 +369,7 @@ BUDGETS = dict(queries="images the teacher was asked about", updates="optimiser 
 
 
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def budget_curves(
     frame: pd.DataFrame,  # of `records_frame`, finished runs
     x: str = "queries",  # a column of `BUDGETS`
@@ -386,6 +387,7 @@ def budget_curves(
         for way, colour in colours.items(): _budget_line(ax, frame[(frame[panels] == name) & (frame[hue] == way)], x, point, colour, way)
         ax.set(title=name, xscale="log", xlabel="")
         plain_log(ax.xaxis)
+        ax.tick_params(axis="x", labelrotation=45)
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[0].set_ylabel("accuracy on the target's test set")
     fig.supxlabel(BUDGETS[x] + " (logarithmic)", fontsize=8)
@@ -412,6 +414,7 @@ COSTS = dict(queries="images the teacher was asked about", seconds="seconds for 
              n="images in the transfer set", updates="optimiser steps", peak_memory_mb="peak memory (MiB)")
 
 
+@FIGURES.add
 @mpl.rc_context(STYLE)
 def cost_scatter(
     frame: pd.DataFrame,  # of `records_frame`
@@ -437,8 +440,8 @@ def cost_scatter(
 PREDICTORS = dict(entropy="entropy of the class histogram as distilled", distinct="distinct images", agreement="agreement with the teacher")
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def predictor_scatter(
     frame: pd.DataFrame,  # of `records_frame`
     x: str = "entropy",  # what might predict

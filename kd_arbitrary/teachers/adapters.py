@@ -162,11 +162,10 @@ def torchscript(
     options: dict,  # as for `pickled`
 ) -> Found:
     "A TorchScript program; a `.pt` that is none is a pickle."
-    try:
-        with torch.no_grad(): model = torch.jit.load(path, map_location="cpu")
+    try: program = torch.jit.load(path, map_location="cpu")
     except RuntimeError: return pickled(path, options)
-    for p in model.parameters(): p.detach_().requires_grad_(False)     # frozen before it is copied, which TorchScript needs
-    return Found(model)
+    for weight in program.parameters(): weight.requires_grad_(False)           # before it is copied, which TorchScript needs
+    return Found(program)
 
 
 class Onnx:
