@@ -29,7 +29,8 @@ setup(
     package_data={name: ["published/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split(),
-                    "bench": cfg["bench_requirements"].split(), "stats": cfg["stats_requirements"].split()},
+                    "bench": cfg["bench_requirements"].split(),
+                    **{e: cfg[f"{e}_requirements"].split() for e in ("timm", "onnx", "hf")}},
     entry_points={
         "console_scripts": [f"kd_distill={name}.cli:distill_main", f"kd_experiment={name}.cli:experiment_main"],
         "nbdev": [f"{name}={name}._modidx:d"],

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'INK', 'LINE', 'GROUND', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'PALETTE', 'COLOURS', 'STYLE',
-           'DPI', 'FATES', 'COSTS', 'PREDICTORS', 'figure', 'plain_log', 'colours_of', 'sheet', 'class_histogram',
-           'fill_bars', 'summary', 'learning_curves', 'accuracy_bars', 'cost_scatter', 'predictor_scatter']
+           'DPI', 'FATES', 'BUDGETS', 'COSTS', 'PREDICTORS', 'figure', 'plain_log', 'colours_of', 'sheet',
+           'class_histogram', 'fill_bars', 'summary', 'learning_curves', 'accuracy_bars', 'budget_curves',
+           'cost_scatter', 'predictor_scatter']
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-imports
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-imports-core
-from ..core import Registry, check_images, to_float
+from ..core import Registry, check_images, pick, to_float
 from .runs import GIVEN
 from .tables import KINDS, SETTING, only_seeds, spearman, usable
 from ..transfer.balance import FillReport
@@ -116,8 +117,8 @@ def _canvas(
     return ax
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-sheet
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def sheet(
     images: Tensor,  # [N, C, H, W] uint8 or float, gray or colour; the first rows * columns are shown
     rows: int = 2,  # at the most
@@ -166,8 +167,8 @@ def _class_axis(
     ax.set(xlabel="class the teacher sees", xlim=(-0.7, len(names) - 0.3))
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-histogram
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def class_histogram(
     sets: dict[str, TransferSet],  # title to set
 ) -> Figure:
@@ -190,8 +191,8 @@ def class_histogram(
 FATES = dict(accepted=BLUE, perturbed=ORANGE, repeated=PURPLE, missing="white")
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def fill_bars(
     report: FillReport | dict,  # as `balance` returned it, or as it stands in a record
 ) -> Figure:
@@ -232,8 +233,8 @@ def _summary_block(
             else: ax.add_patch(Rectangle((left, y), side, side, fill=False, edgecolor=GROUND, linewidth=0.8, linestyle=(0, (3, 3))))
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def summary(
     before: TransferSet,  # as drawn
     after: TransferSet,  # balanced, by the same teacher
@@ -294,8 +295,8 @@ def _summary_bars(
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0), ncols=2, borderaxespad=0.3, handlelength=1.2)
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-curves
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def learning_curves(
     runs: dict[str, list[dict] | dict],  # label to history, or to record
 ) -> Figure:
@@ -327,8 +328,8 @@ def _bar_order(
     return rank.assign(place=rank.kind.map({k: i for i, k in enumerate(KINDS)})).sort_values(["place", "mean"], ascending=[True, False], ignore_index=True)
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def accuracy_bars(
     frame: pd.DataFrame,  # of `records_frame`
     x: str = "source",  # one group of bars for each of its values
@@ -363,11 +364,57 @@ def accuracy_bars(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", title=hue)
     return fig
 
+# %% ../../nbs/studies/05_figures.ipynb #plot-budget
+BUDGETS = dict(queries="images the teacher was asked about", updates="optimiser steps", distinct="distinct images")
+
+
+@FIGURES.add
+@mpl.rc_context(STYLE)
+def budget_curves(
+    frame: pd.DataFrame,  # of `records_frame`, finished runs
+    x: str = "queries",  # a column of `BUDGETS`
+    point: str = "n",  # runs of one way that are equal in this column make one point of its line
+    panels: str = "source",  # one panel for each of its values
+    hue: str = "balance",  # one line for each of its values
+) -> Figure:
+    "Accuracy against what it cost, one panel a source."
+    pick(BUDGETS, x, "budget")
+    usable(frame, x, point, panels, hue)
+    only_seeds(frame, [panels, hue, point])
+    names, colours = list(frame[panels].unique()), colours_of(frame[hue])
+    fig, axes = figure(1.0 + 1.75 * len(names), 2.1, 1, len(names), grid="both", sharey=True)
+    for ax, name in zip(axes, names):
+        for way, colour in colours.items(): _budget_line(ax, frame[(frame[panels] == name) & (frame[hue] == way)], x, point, colour, way)
+        ax.set(title=name, xscale="log", xlabel="")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    axes[0].set_ylabel("accuracy on the target's test set")
+    fig.supxlabel(BUDGETS[x] + " (logarithmic)", fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=hue)
+    return fig
+
+
+def _budget_line(
+    ax: Axes,  # drawn on
+    runs: pd.DataFrame,  # of one way
+    x: str,  # the budget
+    point: str,  # what tells points apart
+    colour: str,
+    label: str,  # for the legend
+) -> None:
+    "Mean, band and dots of one way."
+    at = runs.groupby(point).agg(x=(x, "mean"), mean=("accuracy", "mean"), sd=("accuracy", "std")).fillna(0).sort_values("x")
+    ax.fill_between(at.x, at["mean"] - at.sd, at["mean"] + at.sd, color=colour, alpha=0.18, linewidth=0)
+    ax.plot(at.x, at["mean"], color=colour, linewidth=1.4, label=label)
+    ax.plot(runs[x], runs.accuracy, "o", color=colour, markersize=2.2, alpha=0.6, markeredgewidth=0)
+
 # %% ../../nbs/studies/05_figures.ipynb #plot-cost
 COSTS = dict(queries="images the teacher was asked about", seconds="seconds for transfer set and distillation", distinct="distinct images",
              n="images in the transfer set", updates="optimiser steps", peak_memory_mb="peak memory (MiB)")
 
 
+@FIGURES.add
 @mpl.rc_context(STYLE)
 def cost_scatter(
     frame: pd.DataFrame,  # of `records_frame`
@@ -393,8 +440,8 @@ def cost_scatter(
 PREDICTORS = dict(entropy="entropy of the class histogram as distilled", distinct="distinct images", agreement="agreement with the teacher")
 
 
-@mpl.rc_context(STYLE)
 @FIGURES.add
+@mpl.rc_context(STYLE)
 def predictor_scatter(
     frame: pd.DataFrame,  # of `records_frame`
     x: str = "entropy",  # what might predict

@@ -87,7 +87,8 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        "16 hex digits that change when a weight does; for a function, its name."
+        "16 hex digits that change when a weight does; for a function, what it says of itself, else its name."
+        if self.module is None and hasattr(self._ask, "fingerprint"): return self._ask.fingerprint
         if self.module is None: return f"function {getattr(self._ask, '__qualname__', type(self._ask).__name__)}"
         h = hashlib.sha256(f"{self.gives} {self.bn}".encode())
         for name, t in self.module.state_dict().items(): h.update(name.encode() + t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -111,7 +112,7 @@ class Teacher:
         images: Tensor,  # [n, C, H, W] float32 on the teacher's device
     ) -> Tensor:  # [n, K]
         "The scores with a graph back to the images; white-box teachers only. Counts as queries, and as gradients."
-        if not self.whitebox: raise ValueError("this teacher is a black box: it has no gradients; use a strategy other than 'fill'")
+        if not self.whitebox: raise ValueError("this teacher is a black box: it has no gradients; " + getattr(self._ask, "hint", "use a strategy other than 'fill'"))
         self.queries += len(images)
         self.gradients += len(images)
         return self.module(images)
