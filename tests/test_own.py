@@ -1,7 +1,6 @@
 """The user's own teacher, as the user meets it: on the command line, with files of strangers, killed and started again."""
-import json, os, signal, sqlite3, subprocess, sys, time
+import json, signal, sqlite3, subprocess, sys, time
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
