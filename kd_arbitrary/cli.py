@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'LABELS', 'distill_app', 'Device', 'Quiet', 'Debug', 'Version', 'NAMES', 'Plugin', 'Root',
-           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'exit_with', 'settings', 'comparison', 'default_out',
-           'compare', 'table', 'listing', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status',
-           'show_table', 'grid_table', 'distill_main', 'experiment_main']
+           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app', 'exit_with', 'settings',
+           'comparison', 'default_out', 'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table', 'len_of',
+           'distil_own', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
+           'grid_table', 'kd_diagnose', 'distill_main', 'diagnose_main', 'experiment_main']
 
 # %% ../nbs/01_cli.ipynb #cli-imports
 import io
@@ -24,21 +25,26 @@ from typing import Annotated
 import torch
 import typer
 from filelock import FileLock, Timeout
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 # %% ../nbs/01_cli.ipynb #cli-imports-core
 from . import __version__
 from .core import load_plugin, pick, write_atomic
 from .pictures.noise import SOURCES
+from .pictures.sources import make_source
 from .pictures.views import VIEWS
 from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
+from .studies.own import Job, execute_job
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
-from .teachers.targets import TARGETS
+from .teachers.adapters import load_teacher
+from .teachers.recipes import train_teacher
+from .teachers.targets import TARGETS, load_target
 from .transfer.balance import STRATEGIES
+from .transfer.diagnosis import diagnose
 from .transfer.sets import TransferSet
 
 # %% ../nbs/01_cli.ipynb #cli-errors
@@ -187,9 +193,16 @@ def _version(show: bool) -> None:
         raise typer.Exit()
 
 # %% ../nbs/01_cli.ipynb #cli-distill
+class _Group(TyperGroup):
+    "A command with commands below it, whose help lists what the registries hold."
+    def format_help(self, ctx, formatter):
+        self.help = _filled(self.help)
+        super().format_help(ctx, formatter)
+
+
 def _app(help: str | None = None) -> typer.Typer:
     "An empty command line application, in plain text."
-    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=help)
+    return typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=help)
 
 
 distill_app = _app()
@@ -250,22 +263,100 @@ def _sized(text: str, field: str, more: str = ""):
 Root = Annotated[Path | None, _unsaid("Data root: downloaded sets and trained teachers", "$KD_ARBITRARY_DATA, else ./data")]
 
 
+def _job_said(field: str):
+    "The option of a setting of `Job`."
+    told = next(f.metadata for f in fields(Job) if f.name == field)
+    return _unsaid(told["help"], told["unsaid"]) if "unsaid" in told else _option(told["help"] + ".")
+
+
+def _numbers(text: str | None, kind: type, what: str) -> tuple | None:
+    "Numbers with commas between them."
+    if text is None: return None
+    try: return tuple(kind(t) for t in text.split(","))
+    except ValueError: raise ValueError(f"{what} must be numbers with commas between them, got {text!r}; e.g. 3,32,32") from None
+
+
+def _names(text: str | None) -> tuple[str, ...] | int | None:
+    "Names with commas between them, a file with a name on each line, or how many."
+    if text is None or text.isdigit(): return text and int(text)
+    if Path(text).is_file(): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+    return tuple(t.strip() for t in text.split(","))
+
+
+def is_own(
+    teacher: str | None,  # as the user wrote it
+) -> bool:
+    "Whether that is a teacher of the user's own, and not a network for a target."
+    return teacher is not None and teacher not in MODELS and any(mark in teacher for mark in ":./")
+
+
+def source_of(
+    images: Path | None,  # a folder, an archive, or a NumPy file
+    source: str | None,  # or a source text
+    strict: bool,  # refuse pictures that cannot be used
+) -> str | None:
+    "The source text that is meant."
+    if images is None: return source
+    if source is not None: raise ValueError("--images and --source both say where images come from; name one, or mix them in --source")
+    if images.suffix.lower() in (".npz", ".npy"): return f"array(path={str(images)!r})"
+    return f"folder(path={str(images)!r}" + (", strict=True)" if strict else ")")
+
+
+def job_table(
+    record: dict,  # of `execute_job`
+) -> str:  # lines of text
+    "What became of a job."
+    percent = lambda x: "-" if x is None else f"{x:.2%}"
+    rows = [("teacher", record["teacher"]["spec"]), ("student", f"{record['student']['arch']}, {record['student']['parameters']:,} parameters"),
+            ("images", f"{len_of(record):,}, {record['job']['balance']}, of {record['job']['source']}"),
+            ("agreement", f"{percent(record['agreement'])} of held-out images of the transfer set")]
+    if record.get("test"): rows.append(("accuracy", f"{percent(record['test']['accuracy'])} of {record['test']['n']:,} test images"))
+    rows.append(("teacher queries", f"{record['queries']:,}" + (f", {record['paid']:,} paid for" if record["paid"] is not None else "")))
+    if "export_differs" in record: rows.append(("export", f"logits differ by {record['export_differs']:.1e} at the most"))
+    return "\n".join(f"{name:<18}{text}" for name, text in rows)
+
+
+def len_of(
+    record: dict,  # of `execute_job`
+) -> int:
+    "Images in its set."
+    report = record["report"]
+    return sum(map(sum, (report["accepted"], report["perturbed"], report["repeated"])))
+
+
+def distil_own(
+    job: Job,
+    out: Path,
+    as_json: bool,
+    **options,  # of `execute_job`
+) -> None:
+    "Do a job and say what became of it."
+    out.mkdir(parents=True, exist_ok=True)
+    try: lock = FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout: raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
+    with lock: record = execute_job(job, out, **options)
+    files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
+    typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json else f"{job_table(record)}\n\n{listing(files)}")
+
+
 @distill_app.command("kd_distill", cls=_Listing)
 def kd_distill(
-    target: Annotated[str, _option("What the teacher knows: {target}.")] = "digits",
-    source: Annotated[str, _option(f"Where images come from: {{drawn}}; real pictures: {{real}}; "
-                                   f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}.")] = MIXTURE,
-    balance: Annotated[str, _said("balance", ": {balance}")] = Run.balance,
+    target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
+    images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
+    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; "
+                                   f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}", MIXTURE)] = None,
+    balance: Annotated[str | None, _unsaid("How classes are made equally frequent: {balance}", "fill; repeat for a black box")] = None,
     n: Annotated[int | None, _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,
     epochs: Annotated[int | None, _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
-    views: Annotated[str, _said("views", ": names joined by +, of {views}; or none")] = Run.views,
+    views: Annotated[str | None, _unsaid("What happens to images in the loop: names joined by +, of {views}; or none", "affine+mixup; none for a black box with a budget")] = None,
     relabel: Annotated[bool | None, _said("relabel")] = Run.relabel,
     cached_views: Annotated[int, _said("cached_views")] = Run.cached_views,
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,
     temperature: Annotated[float, _said("temperature")] = Run.temperature,
     batch_size: Annotated[int | None, _sized("Images per step", "batch_size")] = None,
     lr: Annotated[float | None, _sized("Peak learning rate", "lr")] = None,
-    teacher: Annotated[str | None, _said("teacher", ": {teacher}")] = Run.teacher,
+    teacher: Annotated[str | None, _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts, .pt2), torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; "
+                                           "or, for a target, its network: {teacher}", "the target's recipe")] = None,
     teacher_seed: Annotated[int, _said("teacher_seed")] = Run.teacher_seed,
     teacher_bn: Annotated[str, _said("teacher_bn")] = Run.teacher_bn,
     student: Annotated[str | None, _said("student", ", as for --teacher")] = Run.student,
@@ -275,6 +366,18 @@ def kd_distill(
     empty: Annotated[str, _said("empty")] = Run.empty,
     seed: Annotated[int, _said("seed")] = Run.seed,
     plugin: Plugin = None,
+    classes: Annotated[str | None, _job_said("classes")] = None,
+    input_shape: Annotated[str | None, _job_said("input_shape")] = None,
+    gives: Annotated[str | None, _job_said("gives")] = None,
+    mean: Annotated[str | None, _job_said("mean")] = None,
+    std: Annotated[str | None, _job_said("std")] = None,
+    input_range: Annotated[str, _option("What black and white are to your own teacher.")] = "0,1",
+    multi_label: Annotated[bool, typer.Option("--multi-label", help=_job_said("multi_label").help)] = False,
+    budget: Annotated[int | None, _job_said("budget")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a picture that cannot be used, instead of leaving it out.")] = False,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
+    export: Annotated[str | None, _unsaid("Also write the student of your own teacher as: onnx, pt2", "no")] = None,
+    test: Annotated[Path | None, _unsaid("A folder with a sub-folder of pictures for each class, to judge that student by", "none")] = None,
     out: Annotated[Path | None, _unsaid("Folder for all results; a run that is unfinished there goes on",
                                         "kd_out/TARGET-SOURCE-BALANCE-seedSEED")] = None,
     root: Root = None,
@@ -287,15 +390,29 @@ def kd_distill(
 ):
     """Distil a teacher without its data, and show what balance does.
 
-    A teacher of TARGET is trained (or read, if it was trained before). One student is taught with images of SOURCE as drawn, one with a
+    Your own teacher: kd_distill --teacher model.onnx --images pictures --student torchvision:resnet18 --out run. Without --images, pictures are
+    drawn. A benchmark: a teacher of TARGET is trained (or read, if it was trained before). One student is taught with images of SOURCE as drawn, one with a
     balanced set of them, and one with the target's own images as the upper bound. The same command again continues an unfinished run.
     """
     with exit_with(2, debug):
         said = {k: v for k, v in dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr).items() if v is not None}
-        run = Run(**settings(target, source) | said, target=target, source=source, balance=balance, views=views, relabel=relabel,
-                  cached_views=cached_views, loss=loss, temperature=temperature, teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init, bfloat16=bfloat16,
-                  limit=limit, empty=empty, seed=seed)
-        runs, out, device = comparison(run), out or default_out(run), _device(device)
+        shared = dict(relabel=relabel, cached_views=cached_views, loss=loss, temperature=temperature, bfloat16=bfloat16, limit=limit, empty=empty, seed=seed)
+        source, device = source_of(images, source, strict), _device(device)
+        if is_own(teacher) and target is None:
+            if export is not None: pick(dict.fromkeys(("onnx", "pt2")), export, "kind of export")
+            job = Job(**said, **shared, teacher=teacher, source=source, balance=balance, views=views, student=student, classes=_names(classes),
+                      input_shape=_numbers(input_shape, int, "--input-shape"), gives=gives, mean=_numbers(mean, float, "--mean"), std=_numbers(std, float, "--std"),
+                      input_range=_numbers(input_range, float, "--input-range"), multi_label=multi_label, allow_pickle=allow_pickle, budget=budget)
+    if is_own(teacher) and target is None:
+        if threads: torch.set_num_threads(threads)
+        name = re.sub(r"[^\w.+=-]+", "_", teacher).strip("_")[-80:]
+        with exit_with(1, debug): distil_own(job, out or Path("kd_out") / name, as_json, root=root, device=device, export=export, test=test, show=not quiet)
+        return
+    with exit_with(2, debug):
+        target, source = target or "digits", source or MIXTURE
+        run = Run(**settings(target, source) | said, **shared, target=target, source=source, balance=balance or Run.balance, views=views or Run.views,
+                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init)
+        runs, out = comparison(run), out or default_out(run)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
         if (out / "run.json").exists(): claim(out, asdict(run))
     with exit_with(1, debug):
@@ -353,7 +470,7 @@ def _duration(
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 # %% ../nbs/01_cli.ipynb #cli-experiment
-experiment_app = _app("Run grids of distillations and show what came out. `kd_experiment list` names the grids.")
+experiment_app = _app("Run grids of distillations and show what came out. Grids: {name}.")
 Name = Annotated[str, typer.Argument(help="A grid: {name}.")]
 Only = Annotated[str | None, typer.Option(help="Only runs that fit all words; a word is a value or field=value, as in 'mnist pyramid seed=0'.")]
 Results = Annotated[Path, typer.Option(help="Folder with a folder of records for each grid.")]
@@ -477,9 +594,45 @@ def grid_table(
     return table.rename_axis(index=dict(updates_aim="updates"))
 
 # %% ../nbs/01_cli.ipynb #cli-main
+diagnose_app = _app()
+
+
+@diagnose_app.command("kd_diagnose", cls=_Listing)
+def kd_diagnose(
+    teacher: Annotated[str, _option("As for kd_distill: a file, torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; or a target, whose published or trained teacher is meant.")],
+    images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
+    source: Annotated[str | None, _unsaid("Where images would come from: {drawn}; real pictures: {real}; or a weighted sum", MIXTURE)] = None,
+    n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
+    sample: Annotated[int, _option("Images to look at.")] = 2_000,
+    classes: Annotated[str | None, _job_said("classes")] = None,
+    input_shape: Annotated[str | None, _job_said("input_shape")] = None,
+    gives: Annotated[str | None, _job_said("gives")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
+    seed: Annotated[int, _option("Of the look.")] = 0,
+    root: Root = None,
+    plugin: Plugin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+    version: Version = False,
+):
+    """Look before you leap: what a teacher sees in a source, and what balance would cost. Nothing is trained, nothing is written."""
+    with exit_with(2, debug): source, shape, names = source_of(images, source, False), _numbers(input_shape, int, "--input-shape"), _names(classes)
+    with exit_with(1, debug):
+        torch.set_num_threads(1)
+        if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, show=False)
+        else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
+        found = diagnose(make_source(source or MIXTURE, who.input_shape, root), who, n, sample, seed)
+        typer.echo(json.dumps(asdict(found)) if as_json else str(found))
+
+
 def distill_main() -> None:
     "The command `kd_distill`."
     distill_app(prog_name="kd_distill")
+
+
+def diagnose_main() -> None:
+    "The command `kd_diagnose`."
+    diagnose_app(prog_name="kd_diagnose")
 
 
 def experiment_main() -> None:

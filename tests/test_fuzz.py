@@ -243,7 +243,8 @@ def test_a_folder_names_the_picture(tmp_path, data, why):
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     assert load_folder(tmp_path, 8).shape == (1, 3, 8, 8)
     (tmp_path / "bad.png").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"bad\.png.*{why}"): load_folder(tmp_path, 8)
+    with pytest.raises(ValueError, match=rf"bad\.png.*{why}"): load_folder(tmp_path, 8, strict=True)
+    with pytest.warns(UserWarning, match=rf"1 of 2 pictures are left out.*bad\.png.*{why}"): assert load_folder(tmp_path, 8).shape == (1, 3, 8, 8)
 
 
 def test_pickles_of_published_sets_are_checked_first(tmp_path, mark):

@@ -196,6 +196,35 @@ def ink(
     return cover(distance.sub_(1).mul_(planes(radius.mean(1))[0]), pixel)
 
 # %% ../../nbs/pictures/02_drawing.ipynb #draw-strokes
+def _framed(
+    points: Tensor,  # [b, most, m, 2] of the strokes
+    used: Tensor,  # [b, most, 1, 1] bool, which strokes there are
+    room: Tensor,  # [2] half sides of the frame
+    generator: torch.Generator,
+) -> Tensor:  # [b, most, m, 2]
+    "The strokes of each picture in a random size, at a random place of the frame."
+    b = len(points)
+    low, high = points.where(used, torch.inf).amin((1, 2)), points.where(used, -torch.inf).amax((1, 2))
+    scale = ((high - low) / room / 2).amax(1).clamp(min=0.1) / uniform(generator, b, low=0.4, high=0.9)
+    size = (high - low) / scale[:, None]
+    centre = (room - size / 2).clamp(min=0) * uniform(generator, b, 2, low=-0.8, high=0.8)
+    return (points - (low + high)[:, None, None] / 2) / scale.view(-1, 1, 1, 1) + centre[:, None, None]
+
+
+def _pens(
+    b: int,  # pictures
+    most: int,  # strokes per picture
+    m: int,  # points per stroke
+    width: tuple[float, float],  # share of the shorter side
+    generator: torch.Generator,
+) -> Tensor:  # [b, most, m]
+    "The width of the pen at every point: one for a picture, alike for its strokes, and changing along each."
+    pen = uniform(generator, b, 1, 1, low=width[0], high=width[1], log=True)
+    pen = pen * uniform(generator, b, most, 1, low=0.8, high=1.2)
+    press = torch.sin(torch.linspace(0, 5, m) + uniform(generator, b, most, 1, high=6.3))
+    return pen * (1 + press * uniform(generator, b, most, 1, high=0.4))
+
+
 @SYNTHETIC.add
 def strokes(
     n: int,  # pictures
@@ -216,16 +245,8 @@ def strokes(
         points = pen_walk(b, most, m, generator)
         count = torch.randint(1, most + 1, (b, 1), generator=generator)
         used = (torch.arange(most) < count)[..., None, None]
-        low, high = points.where(used, torch.inf).amin((1, 2)), points.where(used, -torch.inf).amax((1, 2))
-        room = torch.tensor([w, h]) / min(h, w)  # half sides of the frame
-        scale = ((high - low) / room / 2).amax(1).clamp(min=0.1) / uniform(generator, b, low=0.4, high=0.9)
-        size = (high - low) / scale[:, None]
-        centre = (room - size / 2).clamp(min=0) * uniform(generator, b, 2, low=-0.8, high=0.8)
-        points = (points - (low + high)[:, None, None] / 2) / scale.view(-1, 1, 1, 1) + centre[:, None, None]
-        pen = uniform(generator, b, 1, 1, low=width[0], high=width[1], log=True)
-        pen = pen * uniform(generator, b, most, 1, low=0.8, high=1.2)
-        press = torch.sin(torch.linspace(0, 5, m) + uniform(generator, b, most, 1, high=6.3))
-        pen = pen * (1 + press * uniform(generator, b, most, 1, high=0.4))
+        points = _framed(points, used, torch.tensor([w, h]) / min(h, w), generator)
+        pen = _pens(b, most, m, width, generator)
         alpha = ink(points.flatten(0, 1), pen.flatten(0, 1), shape).unflatten(0, (b, most)) * used
         inks, paper = ink_paper(b, most, c, generator, invert)
         picture = paper[..., None, None].repeat(1, 1, h, w)
@@ -448,6 +469,48 @@ def landscape(
     return over(sky.expand(-1, -1, -1, x.shape[1]).clone(), under, ground), horizon, under
 
 
+def _sunlight(
+    b: int,  # pictures
+    generator: torch.Generator,
+) -> Tensor:  # [3, b, 1, 1], of length 1
+    "Where the light comes from: mostly from above, and from before the picture."
+    span = torch.tensor([[-1.0, 1.0], [-1.0, -0.4], [0.1, 0.9]])  # right, down, to the viewer: from, to
+    light = span[:, :1].lerp(span[:, 1:], uniform(generator, 3, b))
+    return (light / light.norm(dim=0))[..., None, None]
+
+
+def _shadow(
+    u: Tensor,  # [b, h, w] to the right of where the thing stands
+    v: Tensor,  # [b, h, w] below it
+    r: Tensor,  # [b, 1, 1] radius of the thing
+    light: Tensor,  # [3, b, 1, 1]
+) -> Tensor:  # [b, h, w] in [0, 1]
+    "A soft, flat ellipse that stretches away from the light."
+    stretch = (light[0] / light[1]).clamp(-2, 2)
+    dark = 1 - ((u - stretch * r) / (r * (1.2 + stretch.abs()))) ** 2 - (v / (0.45 * r)) ** 2
+    return dark.clamp(0, 1)
+
+
+def _solid(
+    u: Tensor,  # [b, h, w] as for `_shadow`, and the next three too
+    v: Tensor,
+    r: Tensor,
+    light: Tensor,
+    pixel: float,  # side of a pixel
+    texture: float,  # strongest roughness
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # [b, h, w] how far each pixel is covered, and how bright it is there
+    "A rough ball or block in each picture."
+    b = len(r)
+    angle, tall = uniform(generator, b, 1, 1, high=math.pi / 2), uniform(generator, b, 1, 1, low=0.5, high=2)
+    alpha, lit = by_kind(torch.randint(2, (b,), generator=generator), [
+        lambda i: torch.stack(ball(u[i], v[i], r[i], light[:, i], pixel), 1),
+        lambda i: torch.stack(block(u[i], v[i], r[i], light[:, i], pixel, angle[i], tall[i]), 1),
+    ]).unbind(1)
+    rough = uniform(generator, b, 1, 1, high=texture)
+    return alpha, lit * (1 + rough * ripple(u / r, v / r, generator, (1.5, 8)))
+
+
 @SYNTHETIC.add
 def scenes(
     n: int,  # pictures
@@ -466,9 +529,7 @@ def scenes(
 
     def draw(b):
         picture, horizon, ground = landscape(b, c, generator, x, y, texture)
-        light = torch.tensor([[-1.0, 1.0], [-1.0, -0.4], [0.1, 0.9]])  # right, down, to the viewer: from, to
-        light = light[:, :1].lerp(light[:, 1:], uniform(generator, 3, b))
-        light = (light / light.norm(dim=0))[..., None, None]
+        light = _sunlight(b, generator)
         count = torch.randint(1, most + 1, (b,), generator=generator)
         near = uniform(generator, most, b, 1, 1, low=0.15).sort(0).values
         for k in range(most):
@@ -476,17 +537,8 @@ def scenes(
             r = (0.15 + 0.55 * depth) * uniform(generator, b, 1, 1, low=0.5)
             u, v = x - cx * x.max(), y - horizon - (y.max() - horizon) * depth
             here = planes(k < count)[0]
-            stretch = (light[0] / light[1]).clamp(-2, 2)
-            dark = 1 - ((u - stretch * r) / (r * (1.2 + stretch.abs()))) ** 2 - (v / (0.45 * r)) ** 2
-            over(picture, dark.clamp(0, 1) * shadow * here * ground, torch.zeros(b, c))
-            angle = uniform(generator, b, 1, 1, high=math.pi / 2)
-            tall = uniform(generator, b, 1, 1, low=0.5, high=2)
-            alpha, lit = by_kind(torch.randint(2, (b,), generator=generator), [
-                lambda i: torch.stack(ball(u[i], v[i], r[i], light[:, i], pixel), 1),
-                lambda i: torch.stack(block(u[i], v[i], r[i], light[:, i], pixel, angle[i], tall[i]), 1),
-            ]).unbind(1)
-            rough = uniform(generator, b, 1, 1, high=texture)
-            lit = lit * (1 + rough * ripple(u / r, v / r, generator, (1.5, 8)))
+            over(picture, _shadow(u, v, r, light) * shadow * here * ground, torch.zeros(b, c))
+            alpha, lit = _solid(u, v, r, light, pixel, texture, generator)
             over(picture, alpha * here, colours(generator, b, c, low=0.3)[..., None, None] * lit[:, None])
         return picture
 

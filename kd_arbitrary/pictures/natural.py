@@ -10,14 +10,18 @@ __all__ = ['OFFICIAL', 'PIXELS', 'FORMATS', 'SUFFIXES', 'NATURAL', 'Official', '
 import gzip
 import shutil
 import socket
+import tarfile
 import tempfile
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from io import StringIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -190,19 +194,20 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # what is opened
 
 
 def _opened(
-    path: Path,  # an image file
+    file: Path | BinaryIO,  # an image file
 ) -> Image.Image:  # header read, nothing decoded
     "The picture; that it may be too large is no warning here, because `_decode` refuses it."
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    return Image.open(path, formats=FORMATS)
+    return Image.open(file, formats=FORMATS)
 
 
 def _decode(
-    path: Path,  # an image file
+    file: Path | BinaryIO,  # an image file
+    name: str | None = None,  # for messages; None: the path
 ) -> Image.Image:  # mode L or RGB, upright
     "The decoded picture, or a `ValueError` that names the file."
     try:
-        with warnings.catch_warnings(), _opened(path) as im:
+        with warnings.catch_warnings(), _opened(file) as im:
             if im.width * im.height > PIXELS:
                 raise ValueError(f"{im.width} x {im.height} pixels, more than {PIXELS:,}")
             if im.mode == "F": raise ValueError("floating-point pixels; save it with 8 or 16 bits")
@@ -210,7 +215,7 @@ def _decode(
                 im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))
             return ImageOps.exif_transpose(im).convert("L" if im.mode in ("1", "L", "LA") else "RGB")
     except Exception as e:                                                    # a broken picture may raise anything
-        raise ValueError(f"cannot use the picture {path}: {e or type(e).__name__}") from e
+        raise ValueError(f"cannot use the picture {name or file}: {e or type(e).__name__}") from e
 
 
 def load_picture(
@@ -239,18 +244,42 @@ def _cut(
     return tvf.center_crop(tvf.resize(x, sides, antialias=True), [h, w])
 
 
+def _members(
+    path: Path,  # a folder, or a .zip or .tar archive
+) -> Iterator[tuple[str, Callable]]:  # name, and a function that opens it for reading
+    "The pictures of a folder or an archive, by name; archives are read in place."
+    wanted = lambda name: Path(name).suffix.lower() in SUFFIXES
+    if path.is_dir():
+        for f in sorted(path.rglob("*")):
+            if wanted(f.name) and f.is_file(): yield str(f), partial(open, f, "rb")
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            for name in sorted(n for n in z.namelist() if wanted(n)): yield f"{path}/{name}", partial(z.open, name)
+    elif tarfile.is_tarfile(path):
+        with tarfile.open(path) as t:
+            for m in sorted((m for m in t if m.isfile() and wanted(m.name)), key=lambda m: m.name): yield f"{path}/{m.name}", partial(t.extractfile, m)
+    else: raise ValueError(f"{path} is neither a folder nor a .zip or .tar archive")
+
+
 def load_folder(
-    path: str | Path,  # a folder with image files, flat or in sub-folders
+    path: str | Path,  # a folder with image files, flat or in sub-folders; or a .zip or .tar archive of them
     size: int | tuple[int, int] = 32,  # one side of a square, or (H, W), in pixels
     root: str | Path | None = None,  # the data root
+    strict: bool = False,  # refuse the first picture that cannot be used, instead of leaving it out
 ) -> Tensor:  # [N, C, H, W] uint8 in the order of the file names; C is 1 if every picture is gray, else 3
-    "All pictures below a folder at one size."
-    path = find_path(path, root)
+    "All usable pictures of a folder or an archive at one size; a warning counts and names those left out."
+    path, pictures, skipped = find_path(path, root), [], []
     if min((size, size) if isinstance(size, int) else size) < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
-    if not files: raise ValueError(f"{path} holds no pictures; expected files like *{', '.join(SUFFIXES)}")
-    pictures = [_cut(_decode(f), size) for f in progress(files, desc=f"reading {path.name}")]
+    for name, opened in progress(_members(path), desc=f"reading {path.name}"):
+        try:
+            with opened() as f: pictures.append(_cut(_decode(f, name), size))
+        except (ValueError, OSError, zipfile.BadZipFile, RuntimeError) as e:
+            if strict: raise ValueError(str(e)) from e
+            skipped.append(str(e))
+    if not pictures and not skipped: raise ValueError(f"{path} holds no pictures; expected files like *{', '.join(SUFFIXES)}")
+    if not pictures: raise ValueError(f"none of the {len(skipped)} pictures in {path} can be used, the first: {skipped[0]}")
+    if skipped: warnings.warn(f"{len(skipped)} of {len(skipped) + len(pictures)} pictures are left out: {'; '.join(skipped[:3])}", stacklevel=2)
     channels = max(len(p) for p in pictures)
     return torch.stack([p.expand(channels, -1, -1) for p in pictures])
 

@@ -329,7 +329,7 @@ def materials(
 ) -> Tensor:  # [b, 2 + fields, H, W], about -1 to 1
     "Textures: two noises between sand and clouds, and fields."
     noise = falling_noise(b, 2, len(y), x.shape[1], generator, uniform(generator, b, 2, 1, 1, low=0.2, high=1.6))
-    many, repeat = b * fields, lambda t: t.repeat_interleave(fields, 0)
+    many = b * fields
     u, v = turn(*offset(many, generator, x, y), uniform(generator, many, 1, 1, high=2 * math.pi))
     scale = uniform(generator, many, 1, 1, low=2, high=8, log=True)
     return torch.cat([noise / 1.5, chosen(FIELDS, u * scale, v * scale, generator).unflatten(0, (b, fields))], 1)

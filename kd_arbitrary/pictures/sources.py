@@ -181,9 +181,9 @@ def array(shape, root, *, path):
 
 
 @FILES.add
-def folder(shape, root, *, path):
-    "All pictures below a folder, cut to the aspect of the target."
-    return fitted(load_folder(path, tuple(shape[1:]), root), shape)
+def folder(shape, root, *, path, strict=False):
+    "All pictures below a folder or in a .zip or .tar archive, cut to the aspect of the target."
+    return fitted(load_folder(path, tuple(shape[1:]), root, strict), shape)
 
 
 @FILES.add(name="crops")

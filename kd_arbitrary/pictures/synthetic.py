@@ -95,6 +95,23 @@ LEAVES = dict(
 )
 
 
+def _scattered(
+    leaves: int,  # per picture
+    b: int,  # pictures
+    power: float,  # as for `deadleaves`, and the next two too
+    smallest: tuple[float, float],
+    largest: float,
+    room: Tensor,  # [2] half sides of the frame
+    generator: torch.Generator,
+) -> tuple[Tensor, ...]:  # centre [leaves, b, 2]; radius, aspect, angle [leaves, b]
+    "Where leaves fall, how large, how slim, and how they are turned."
+    finest = uniform(generator, b, low=smallest[0], high=smallest[1], log=True)
+    radius = power_law(uniform(generator, leaves, b), power, finest, largest)
+    centre = uniform(generator, leaves, b, 2, low=-1.1, high=1.1) * room
+    aspect = uniform(generator, leaves, b, low=0.4)
+    return centre, radius, aspect, uniform(generator, leaves, b, high=2 * math.pi)
+
+
 @SYNTHETIC.add
 def deadleaves(
     n: int,  # pictures
@@ -117,18 +134,14 @@ def deadleaves(
     room = torch.tensor([w, h]) / min(h, w)
 
     def draw(b):
-        finest = uniform(generator, b, low=smallest[0], high=smallest[1], log=True)
-        radius = power_law(uniform(generator, leaves, b), power, finest, largest)
-        centre = uniform(generator, leaves, b, 2, low=-1.1, high=1.1) * room
-        aspect = uniform(generator, leaves, b, low=0.4)
-        angle = uniform(generator, leaves, b, high=2 * math.pi)
+        fallen = _scattered(leaves, b, power, smallest, largest, room, generator)
         order = torch.randint(len(kinds), (leaves,), generator=generator).tolist()
         rough = uniform(generator, b, 1, high=texture) * (uniform(generator, b, 1) < 0.7)
         grain = rough * uniform(generator, leaves + 1, b, 1, low=-1)
         paint = torch.cat([colours(generator, leaves + 1, b, c), grain], -1)[..., None]
         canvas = paint[-1].repeat(1, 1, h * w)
         for k in range(leaves):
-            forms = leaf_forms(kinds[order[k]], centre[k], radius[k], aspect[k], angle[k])
+            forms = leaf_forms(kinds[order[k]], *(part[k] for part in fallen))
             values = (forms.flatten(0, 1) @ m[: forms.shape[2]]).unflatten(0, forms.shape[:2])
             canvas.lerp_(paint[k], cover(values.amax(1, keepdim=True), pixel))
         canvas = canvas.unflatten(2, (h, w))

@@ -386,8 +386,8 @@ def budget_curves(
     for ax, name in zip(axes, names):
         for way, colour in colours.items(): _budget_line(ax, frame[(frame[panels] == name) & (frame[hue] == way)], x, point, colour, way)
         ax.set(title=name, xscale="log", xlabel="")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+        plain_log(ax.xaxis)
+        ax.tick_params(axis="x", labelrotation=45)
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[0].set_ylabel("accuracy on the target's test set")
     fig.supxlabel(BUDGETS[x] + " (logarithmic)", fontsize=8)

@@ -109,14 +109,23 @@ def _resolved(
                       loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
 
 
-@lru_cache
 def check_source(
     text: str,  # of a source
     target: str,  # name of the target
 ) -> None:
     "Refuse a source that cannot be, or that is the target in disguise, without reading files."
+    things = [pick(SOURCES, name, f"source ({' and '.join(GIVEN)} stand alone)") for _, name, *_ in parse_source(text)]
+    _check_parts(text, target, tuple(things))
+
+
+@lru_cache
+def _check_parts(
+    text: str,  # of a source
+    target: str,  # name of the target
+    things: tuple,  # what its names stand for now; a source that is taken out or replaced is looked at again
+) -> None:
+    "Refuse the target in disguise, and try what is computed with one image."
     for _, name, arguments, keywords in parse_source(text):
-        pick(SOURCES, name, f"source ({' and '.join(GIVEN)} stand alone)")
         if name == target: raise ValueError(f"{text!r} holds the target's own images; the source 'original' is for that")
         if SOURCES.facts[name]["kind"] not in ("noise", "synthetic"): continue
         part = make_part(name, arguments, keywords, SIZES[target][1])

@@ -1,0 +1,92 @@
+"""The user's own teacher, as the user meets it: on the command line, with files of strangers, killed and started again."""
+import json, signal, sqlite3, subprocess, sys, time
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from kd_arbitrary.students.export import load_student
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SMALL = ["--input-shape", "3,24,24", "--student", "wrn16_1", "--n", "400", "--epochs", "1", "--batch-size", "64", "--quiet"]
+
+
+def command(*words): return [sys.executable, "-m", "kd_arbitrary.cli", *map(str, words)]
+
+
+def distill(*words): return subprocess.run(command(*words), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A network of 26 letters as TorchScript, a function that only labels, names in a file, and a folder with damaged pictures."
+    at = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 26)).eval()
+    with torch.no_grad(): net[-1].weight *= 8
+    torch.jit.trace(net, torch.rand(2, 3, 24, 24)).save(str(at / "letters.ts"))
+    (at / "names.txt").write_text("\n".join(LETTERS))
+    (at / "ask.py").write_text(f"import time, torch\nnet = torch.jit.load({str(at / 'letters.ts')!r})\n"
+                               "def label(x):\n    time.sleep(0.02)\n    with torch.no_grad(): return net(x).argmax(1)\n")
+    rng = np.random.default_rng(0)
+    (at / "pictures").mkdir()
+    for i in range(300): Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(at / f"pictures/{i:03d}.png")
+    (at / "pictures/broken.jpg").write_bytes(b"\xff\xd8 no picture"), (at / "pictures/empty.png").touch()
+    return at
+
+
+def test_own_network_and_own_pictures(home, tmp_path):
+    words = ["--teacher", home / "letters.ts", "--classes", home / "names.txt", "--images", home / "pictures", *SMALL, "--empty", "keep", "--export", "pt2", "--json"]
+    done = distill(*words, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["teacher"]["classes"] == list(LETTERS) and told["job"]["n"] == 300 and told["job"]["balance"] == "fill"
+    assert "2 of 302 pictures are left out" in done.stderr and told["export_differs"] < 1e-3
+    model, card = load_student(tmp_path / "run/student.safetensors")
+    assert card["classes"] == list(LETTERS) and model(torch.rand(1, 3, 24, 24)).shape == (1, 26)
+    strict = distill(*words, "--strict", "--out", tmp_path / "strict")
+    assert strict.returncode == 1 and "broken.jpg" in strict.stderr and strict.stdout == ""
+
+
+def test_a_budget_holds_through_kills(home, tmp_path):
+    words = ["--teacher", f"{home / 'ask.py'}:label", "--classes", "26", *SMALL, "--n", "300", "--budget", "500", "--empty", "keep", "--out", tmp_path / "run"]
+    ledger, kills = tmp_path / "run/answers.sqlite", 0
+    def count(table, what): return sqlite3.connect(ledger, timeout=30).execute(f"SELECT {what} FROM {table}").fetchone()[0] or 0
+    for patience in (0.05, 0.2):
+        job, before = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()
+        while job.poll() is None and time.time() - before < 60:
+            if ledger.exists():
+                time.sleep(patience)
+                job.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        job.wait()
+    done = distill(*words, "--json")
+    assert kills and (done.returncode == 0 or "the budget of 500 questions is spent" in done.stderr), done.stderr
+    assert count("paid", "SUM(images)") <= 500 and count("paid", "SUM(images)") >= count("answers", "COUNT(*)") > 100
+    assert count("paid", "SUM(images)") - count("answers", "COUNT(*)") <= 64 * kills                   # at the most the batch that was under way
+
+
+def test_refused_before_anything_is_made(home, tmp_path):
+    cases = [(["--teacher", home / "none.ts"], 1, "does not exist"), (["--teacher", home / "letters.ts"], 1, "input_shape"),
+             (["--teacher", home / "letters.ts", "--input-shape", "3x24"], 2, "e.g. 3,32,32"),
+             (["--teacher", home / "letters.ts", "--images", "x", "--source", "pyramid"], 2, "name one"),
+             (["--teacher", home / "letters.ts", "--input-shape", "3,24,24", "--classes", "a,b"], 1, "26 classes"),
+             (["--teacher", home / "letters.ts", "--export", "tflite"], 2, "unknown kind of export")]
+    for words, status, message in cases:
+        done = distill(*words, "--out", tmp_path / "run", "--quiet")
+        assert (done.returncode, message in done.stderr, done.stdout) == (status, True, ""), (words, done.stderr)
+
+
+@pytest.mark.skipif(not (find_spec("onnxruntime") and find_spec("onnx")), reason="needs the extra onnx")
+def test_from_onnx_to_a_smaller_onnx(home, tmp_path):
+    torch.onnx.export(torch.jit.load(str(home / "letters.ts")), (torch.rand(2, 3, 24, 24),), str(tmp_path / "t.onnx"), dynamo=False, input_names=["x"],
+                      dynamic_axes={"x": {0: "n"}})
+    done = distill("--teacher", tmp_path / "t.onnx", *SMALL, "--empty", "keep", "--export", "onnx", "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["job"]["balance"] == "repeat" and (tmp_path / "run/student.onnx").exists() and told["paid"] >= 400
