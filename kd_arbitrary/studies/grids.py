@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
-           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'PROBED', 'ALIKE', 'grid',
-           'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
-           'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
-           'photographs', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full',
-           'select', 'step_flops', 'probe', 'estimate']
+           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY',
+           'PHOTOS', 'FIRST', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free',
+           'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_queries',
+           'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance', 'sizes',
+           'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
+           'photos_views', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -237,6 +238,49 @@ def cifar10_full() -> list[Run]:
 def cifar100_full() -> list[Run]:
     "CIFAR-100 on a GPU: Inception-V3 to ResNet-18, WRN-40-2 to WRN-16-2; six sources as drawn and filled, original data, labels."
     return _full("cifar100", "cifar10")
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-cifar-photos
+COLOURED = "programs+textured_leaves+objects+spectra"  # no real image, in equal shares
+TINY = "array(path='tiny_imagenet32_train8k.npz')"  # 8,000 photographs of two hundred kinds of things
+PHOTOS = dict(target="cifar10", n=50_000, updates=11_160, **WIDE)  # thirty passes over what is not held out
+FIRST = (dict(source=COLOURED), dict(source="cifar100_unrelated", n=42_000), dict(source="gaussian"), dict(source="gaussian", teacher_bn="batch"))
+THEN = tuple(dict(source=s) for s in ("programs", "textured_leaves", "pyramid", "deadleaves", "scenes")) + (dict(source=TINY, n=8_000),)
+REFERENCES = (dict(source="original", balance="none"), dict(source="labels", balance="none"))
+
+
+def _cells(
+    sources: tuple[dict, ...],  # fields that say where images come from
+    *ways: str,  # of balancing
+) -> list[dict]:  # fields of runs
+    "Each source in each way, the sources one after another."
+    return [dict(s, balance=b) for s in sources for b in ways]
+
+
+def _photos(
+    cells: list[dict],  # fields of runs, in order
+    **common,  # fields of all runs, over those of `PHOTOS`
+) -> list[Run]:
+    "Three seeds of the cells, one after another."
+    return [Run(seed=seed, **PHOTOS | common | cell) for seed in range(3) for cell in cells]
+
+
+@grid
+def photos_cifar10() -> list[Run]:
+    "CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: noise, drawings, coloured programs, unrelated photographs, as drawn, filled, repeated; original data, labels."
+    repeated = tuple(s for s in FIRST + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
+    return _photos([*REFERENCES, *_cells(FIRST, "none", "fill"), *_cells(THEN, "none", "fill"), *_cells(repeated, "repeat")])
+
+
+@grid
+def photos_wrn() -> list[Run]:
+    "CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs, unrelated photographs, as drawn and filled; original data, labels."
+    return _photos([*REFERENCES, *_cells((FIRST[0], FIRST[3], FIRST[1]), "none", "fill")], teacher="wrn40_2", student="wrn16_1")
+
+
+@grid
+def photos_views() -> list[Run]:
+    "CIFAR-10, AlexNet to its half, 20,000 coloured programs, 4,470 steps: one to eight cached views of each image, or every view asked about."
+    return _photos([dict(relabel=False, cached_views=k) for k in (1, 2, 4, 8)] + [dict(relabel=True)], source=COLOURED, balance="none", n=20_000, updates=4_470)
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(
