@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import adapt, check_images, generator, pick
 from .natural import load_array, load_folder, load_picture
 from .noise import SOURCES, Range, in_chunks, per_image
-from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all of them enter SOURCES
+from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all enter SOURCES
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-share
 def share(
@@ -163,7 +163,8 @@ def crops(
     return out
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-files
-FILES = SOURCES.kind("file")  # what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+# what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+FILES = SOURCES.kind("file")
 
 
 def fitted(
