@@ -63,6 +63,8 @@ OFFICIAL = {
     "svhn": Official(lambda r, d: tvd.SVHN(r, "train", download=d), ".", ("train_32x32.mat",),
                      "http://ufldl.stanford.edu/housenumbers/"),
     "kmnist": Official(lambda r, d: tvd.KMNIST(r, download=d), "KMNIST/raw", _IDX, tvd.KMNIST.mirrors[0]),
+    "kmnist_test": Official(lambda r, d: tvd.KMNIST(r, train=False, download=d), "KMNIST/raw", _IDX,
+                            tvd.KMNIST.mirrors[0]),
     "emnist": Official(lambda r, d: tvd.EMNIST(r, "letters", download=d), "EMNIST/raw",
                        ("gzip.zip",), tvd.EMNIST.url),
     "omniglot": Official(lambda r, d: tvd.Omniglot(r, download=d), "omniglot-py", ("images_background.zip",),
