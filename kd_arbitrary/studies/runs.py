@@ -31,6 +31,7 @@ from ..pictures.views import make_views, unmixed
 from ..students.distill import Lesson, distill
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
+from ..teachers.frozen import gains, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
@@ -105,8 +106,7 @@ def _resolved(
                relabel=run.views != "none" if run.relabel is None else bool(run.relabel),
                lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout),
                imbalance=float(run.imbalance),
-               smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill"
-               else 0.0,
+               smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0,
                impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
@@ -217,7 +217,8 @@ def _transfer_set(
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = (without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options)
               | dict(teacher=teacher.fingerprint))
-    if run.bfloat16 and run.balance in STRATEGIES.where(nudges=True): options["bfloat16"] = wanted["bfloat16"] = True
+    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)):
+        options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
@@ -317,12 +318,13 @@ def _measured(
     device: str,  # where the student is
 ) -> dict:  # numbers for the record
     "The last and the best-agreement student on the test set."
-    look = lambda model: evaluate(model, target.test_images, target.test_labels, teacher=teacher, device=device)
-    last, best = look(taught["student"]), None
-    if taught["best"] is not None:
-        model = make_model(run.student, target.shape, len(target.classes)).to(device)
-        model.load_state_dict(taught["best"])
-        best = look(model)
+    with quick(teacher, run.bfloat16) as asked:
+        look = lambda model: evaluate(model, target.test_images, target.test_labels, teacher=asked, device=device)
+        last, best = look(taught["student"]), None
+        if taught["best"] is not None:
+            model = make_model(run.student, target.shape, len(target.classes)).to(device)
+            model.load_state_dict(taught["best"])
+            best = look(model)
     return ({k: last[k] for k in ("accuracy", "per_class", "agreement", "ece")}
             | dict(accuracy_best=best and best["accuracy"]))
 
@@ -378,7 +380,8 @@ def _record(
     "All that should be known of a finished run."
     who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"],
                fingerprint=teacher.fingerprint,
-               origin="published" if teacher.card["published"] else "own")
+               origin="published" if teacher.card["published"] else "own",
+               frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
     return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
                 teacher=who,
                 results=results, report=taught["report"], seconds=seconds, peak_memory_mb=peak_memory_mb(),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 # %% ../../nbs/transfer/03_balance.ipynb #balance-imports-core
 from ..core import Registry, generator, keep_freed, need_memory, option, progress, takes
 from ..pictures.sources import Source
+from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from .push import impress, push, usual_smooth
 from .sets import TransferSet, make_set
@@ -428,8 +429,9 @@ def balance(
     _refuse(work)
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
-    _drawn(work)
-    complete(work)
+    with quick(teacher, settings.bfloat16) as work.teacher:
+        _drawn(work)
+        complete(work)
     _empty_classes(work)
     report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped)
     return _finished(work, report, note or {}, path), report
