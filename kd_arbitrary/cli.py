@@ -235,7 +235,8 @@ NAMES = dict(
     target=lambda: TARGETS, balance=lambda: STRATEGIES, loss=lambda: LOSSES, views=lambda: VIEWS,
     teacher=lambda: MODELS, name=lambda: GRIDS,
     drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"),
-    real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"))
+    real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"),
+    made=lambda: SOURCES.where(kind="generated"))
 
 
 def _filled(text: str | None) -> str | None:
@@ -370,7 +371,9 @@ def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
     images: Annotated[Path | None,
                       _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
-    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; "
+    source: Annotated[str | None,
+                      _unsaid("Where images come from: {drawn}; real pictures: {real}; "
+                              "made by the teacher's gradients: {made}; "
                                    f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}",
                                    MIXTURE)] = None,
     balance: Annotated[str | None,
@@ -676,8 +679,8 @@ def kd_diagnose(
     images: Annotated[Path | None,
                       _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
     source: Annotated[str | None,
-                      _unsaid("Where images would come from: {drawn}; real pictures: {real}; or a weighted sum",
-                              MIXTURE)] = None,
+                      _unsaid("Where images would come from: {drawn}; real pictures: {real}; "
+                              "made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
     n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
     sample: Annotated[int, _option("Images to look at.")] = 2_000,
     classes: Annotated[str | None, _job_said("classes")] = None,
@@ -694,13 +697,14 @@ def kd_diagnose(
     """Look before you leap: what a teacher sees in a source, and what balance would cost. Nothing
     is trained, nothing is written."""
     with exit_with(2, debug):
-        source, names = source_of(images, source, False), _names(classes)
-        shape = _numbers(input_shape, int, "--input-shape")
+        source, shape, names = source_of(images, source, False), _numbers(input_shape, int,
+                                                                          "--input-shape"), _names(classes)
     with exit_with(1, debug):
         torch.set_num_threads(1)
         if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, show=False)
         else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
-        found = diagnose(make_source(source or MIXTURE, who.input_shape, root), who, n, sample, seed)
+        found = diagnose(make_source(source or MIXTURE, who.input_shape, root, teacher=who, n=sample, seed=seed), who,
+                         n, sample, seed)
         typer.echo(json.dumps(asdict(found)) if as_json else str(found))
 
 

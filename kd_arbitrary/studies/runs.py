@@ -26,7 +26,7 @@ from filelock import FileLock
 from .. import core
 from ..core import Facts, data_root, option, pick, write_atomic
 from ..pictures.noise import SOURCES
-from ..pictures.sources import Part, Source, make_part, make_source, parse_source
+from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
 from ..students.distill import Lesson, distill
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
@@ -39,6 +39,7 @@ from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
 from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
+from ..transfer.rivals import GENERATED, check_given
 from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
@@ -138,10 +139,23 @@ def _check_parts(
     for _, name, arguments, keywords in parse_source(text):
         if name in (target, *OWN.get(target, ())):
             raise ValueError(f"{text!r} holds the target's own images; the source 'original' is for that")
+        if name in GENERATED: _check_generated(name, arguments, keywords, target)
         if SOURCES.facts[name]["kind"] not in ("noise", "synthetic"): continue
         part = make_part(name, arguments, keywords, SIZES[target][1])
         if target in ("digits", "mnist") and name == "glyphs" and "digits=True" in part.text:
             raise ValueError(f"{part.text} draws digits, which {target} is made of; leave digits out")
+
+
+def _check_generated(
+    name: str,  # of a rival that makes a set
+    arguments: list,  # as they stand in the source
+    keywords: dict,  # likewise
+    target: str,  # name of the target
+) -> None:
+    "Refuse options of a rival that cannot be, and beginning with the target's own images."
+    _, given = named(name, arguments, keywords)
+    check_given(GENERATED[name], given)
+    if given.get("start"): check_source(given["start"], target)
 
 
 def _check(
@@ -238,7 +252,8 @@ def _from_transfer(
     "Make the transfer set and teach the student with it."
     if run.teacher_bn == "batch":
         teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
-    source = original(target) if run.source == "original" else make_source(run.source, target.shape, root)
+    source = (original(target) if run.source == "original"
+              else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
     ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
@@ -248,8 +263,9 @@ def _from_transfer(
                      device=device,
                      checkpoint=out and out / "checkpoint.safetensors", show=show)
     report = ts.info["report"]
-    return dict(student=taught.student, best=taught.best,
-                data=dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces}),
+    data = (dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces})
+            | (dict(making=ts.info["making"]) if "making" in ts.info else {}))
+    return dict(student=taught.student, best=taught.best, data=data,
                 results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
                                             gradients=report["gradients"], drawn=report["drawn"]), report=report,
                 seconds=dict(transfer=report["seconds"], distill=taught.seconds), history=thinned(taught.history))

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +154,9 @@ def _draw(
     "The images taken, the surplus kept, and how often each class was seen."
     kept, spare, seen, room = _Pool(n, folder), _Pool(surplus, folder), torch.zeros_like(room), room.clone()
     bar = progress(None, "drawing", n, show)
-    for images, origin in source.stream(seed, DRAWN):
+    # generated images are no more than are wanted: a block holds its share of them
+    block = min(DRAWN, limit) if source.made() else DRAWN
+    for images, origin in source.stream(seed, block):
         images, origin = images[: limit - int(seen.sum())], origin[: limit - int(seen.sum())]
         scores = teacher(images)
         predicted = scores.argmax(1)
@@ -250,6 +252,7 @@ class _Work:
     repeated: Tensor | None = None  # [K] copies
     order: Tensor | None = None  # [n] positions of the images in `kept`; None: as they are
     weights: Tensor | None = None  # [n] sampling probabilities
+    making: dict = field(default_factory=dict)  # queries, gradients and seconds that generated images cost
 
 
 def _drawn(
@@ -423,12 +426,13 @@ def balance(
     path: str | Path | None = None,
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
-    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
     complete = STRATEGIES.pick(strategy)
     work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
     _refuse(work)
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
+    work.making = source.made()
+    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
         _drawn(work)
         complete(work)
@@ -455,11 +459,12 @@ def _report(
     queries: int,  # images asked about
     gradients: int,  # of them, with a graph
 ) -> FillReport:
-    "What it took, class by class."
-    ints = lambda t: tuple(t.tolist())
-    return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries, seconds,
-                      ints(work.seen), ints(work.accepted),
-                      ints(work.perturbed), ints(work.repeated), ints(work.short), gradients)
+    "What it took, class by class; what generated images cost is part of it."
+    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0) | work.making
+    return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries + made["queries"],
+                      seconds + made["seconds"],
+                      ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short),
+                      gradients + made["gradients"])
 
 
 def _finished(
@@ -476,6 +481,7 @@ def _finished(
     work.spare = None
     info = (dict(source=work.source.text, parts=list(work.source.parts), seed=work.settings.seed,
                  strategy=work.strategy, report=report.to_dict()) | note)
+    if work.making: info["making"] = work.making
     ts = make_set(*work.kept.rows(), work.teacher, work.weights, **info)
     if path: return TransferSet.load(ts.save(path, order))
     return ts if order is None else ts.select(order)
