@@ -351,7 +351,7 @@ def now() -> str:  # e.g. 2027-01-31T12:00:00.000+00:00
 
 
 @lru_cache
-def code_version() -> dict:  # commit (40 hex digits), clean (the library is as committed); both None outside a checkout
+def code_version() -> dict:  # commit (40 hex digits), clean (the library is as committed); None outside a checkout
     "Which state of the library this process runs."
     home = Path(core.__file__).parent
     git = lambda *words: subprocess.run(["git", "-C", home, *words], capture_output=True, text=True,
