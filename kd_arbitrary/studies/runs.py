@@ -107,7 +107,8 @@ def _resolved(
                relabel=run.views != "none" if run.relabel is None else bool(run.relabel),
                lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout),
                imbalance=float(run.imbalance),
-               smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0,
+               smooth=(0.0 if run.balance != "fill"
+                       else float(usual_smooth(shape) if run.smooth is None else run.smooth)),
                impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
