@@ -40,6 +40,7 @@ from ..teachers.training import same_run
 from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
 from ..transfer.rivals import GENERATED, check_given
+from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
 from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
@@ -107,7 +108,8 @@ def _resolved(
                relabel=run.views != "none" if run.relabel is None else bool(run.relabel),
                lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout),
                imbalance=float(run.imbalance),
-               smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0,
+               smooth=(0.0 if run.balance != "fill"
+                       else float(usual_smooth(shape) if run.smooth is None else run.smooth)),
                impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
