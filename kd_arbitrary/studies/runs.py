@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'N', 'GIVEN', 'SIZES', 'LATER', 'without_neutral', 'run_key', 'Run', 'check_source', 'claim', 'original',
-           'thinned', 'steps', 'passes', 'updates', 'now', 'code_version', 'execute']
+           'thinned', 'steps', 'passes', 'updates', 'went_in', 'came_out', 'it_cost', 'made_with', 'Record', 'now',
+           'code_version', 'execute']
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports
 import hashlib
@@ -24,11 +25,11 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import Facts, data_root, option, pick, write_atomic
+from ..core import Facts, data_root, html_facts, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, parse_source
 from ..pictures.views import make_views, unmixed
-from ..students.distill import Lesson, distill
+from ..students.distill import Lesson, distill, html_history
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
 from ..teachers.networks import MODELS, inherit, make_model
@@ -36,7 +37,7 @@ from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
-from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
+from ..transfer.balance import STRATEGIES, Balancing, FillReport, balance, check_impressed, html_fates, quotas
 from ..transfer.push import check_smooth, usual_smooth
 from ..transfer.sets import TransferSet, diagnose
 
@@ -285,6 +286,70 @@ def updates(
     "How many steps a run takes; known without doing it."
     return passes(run, run.n) * steps(run, run.n)
 
+# %% ../../nbs/studies/01_runs.ipynb #experiment-record
+def _percent(x: float | None) -> str | None: return None if x is None else f"{x:.2%}"
+
+
+def went_in(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Teacher, images, student and lesson."
+    s, who = record.get("job") or record["config"], record["teacher"]
+    of = f" of {s['target']}, seed {s['teacher_seed']}" if "target" in s else f", {len(who['classes']):,} classes, images {who['shape']}"
+    lesson = f"{s['epochs'] or 'as many as needed'} epochs, batches of {s['batch_size']}, loss {s['loss']} at temperature {s['temperature']:g}, views {s['views']}"
+    size = record.get("student", {}).get("parameters")
+    return {"teacher": who.get("spec") or f"{who['arch']}{of}", "its answers": None if "target" in s else f"{who['gives']}{of}", "fingerprint": who["fingerprint"],
+            "images": f"{s['n']:,} of {s['source']}", "pictures left out": f"{record['left_out']['count']:,}" if record.get("left_out") else None,
+            "balance": s["balance"], "student": s["student"] + (f", {size:,} parameters" if size else ""), "lesson": lesson, "seed": s["seed"]}
+
+
+def came_out(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Accuracy where labels were there, agreement, and how even the set is."
+    r, test, job = record.get("results", {}), record.get("test") or {}, "job" in record
+    told, n = record.get("set") or r, test.get("n")
+    return {"accuracy": _percent(r.get("accuracy", test.get("accuracy"))) or "unknown: no labelled images were given",
+            "the teacher's": _percent(record["teacher"].get("accuracy")), "labelled images": n and f"{n:,}",
+            "agreement": f"{_percent(record['agreement'])} on held-out images of the set" if job and record["agreement"] is not None
+            else f"{_percent(r['agreement'])} on the target's test images" if r else None,
+            "export": f"logits differ by {record['export_differs']:.1e} at the most" if "export_differs" in record else None,
+            "class entropy": f"{told['entropy']:.3f} (1 is even)", "different images": f"{told['distinct']:,}", "confidence": f"{told['confidence']:.0%} on average, of the teacher in the set"}
+
+
+def it_cost(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Questions, gradients, seconds a stage, memory."
+    r, report = record.get("results", record), record.get("report") or {}
+    seconds = record.get("stages") or (record["seconds"] if isinstance(record["seconds"], dict) else {"all": record["seconds"]})
+    spent = {f"{stage}": f"{s:,.1f} s" for stage, s in seconds.items()}
+    paid, peak = record.get("paid"), record.get("peak_memory_mb")
+    return {"questions": f"{r['queries']:,}" + (f", {paid:,} of them paid for" if paid is not None else ""),
+            "for gradients": f"{report.get('gradients', 0):,}", "images drawn": f"{report['drawn']:,}" if report else None,
+            "optimiser steps": f"{r['updates']:,}", **spent, "largest memory": peak and f"{peak:,.0f} MiB"}
+
+
+def made_with(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Versions and machine."
+    code, machine = record.get("code") or {}, record.get("machine") or {}
+    commit = code.get("commit") and code["commit"][:12] + ("" if code.get("clean") else ", with changes")
+    return {"finished": record.get("finished"), **record.get("versions", {}), "commit": commit,
+            "machine": ", ".join(str(machine[k]) for k in ("processor", "system", "accelerator") if machine.get(k)) or None,
+            "threads": machine.get("threads")}
+
+
+class Record(dict):
+    "A finished run or job: plain JSON, which shows itself in a notebook."
+
+    def _repr_html_(self):
+        if "results" not in self and "job" not in self: return html_facts({k: self.get(k) for k in ("status", "key", "error")})
+        report = FillReport.from_dict(self["report"]) if self.get("report") else None
+        return (html_facts(went_in(self) | came_out(self) | it_cost(self)) + (html_fates(report) if report else "") +
+                (html_history(self["history"]) if self.get("history") else ""))
+
 # %% ../../nbs/studies/01_runs.ipynb #experiment-execute
 def _measured(
     run: Run,  # names the student
@@ -326,7 +391,7 @@ def execute(
     out: str | Path | None = None,  # folder for transfer set, checkpoint and student; None: nothing is kept
     device: str = "cpu",  # where networks run
     show: bool = True,  # progress bars
-) -> dict:  # the record
+) -> Record:
     "Do a run, or finish it; with a folder, everything it makes is kept there."
     clock, out = Clock(), Path(out) if out else None
     if out: claim(out, asdict(run))
@@ -347,10 +412,10 @@ def _record(
     results: dict,  # numbers
     seconds: dict,  # per stage
     device: str,  # where networks ran
-) -> dict:
+) -> Record:
     "All that should be known of a finished run."
     who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
                origin="published" if teacher.card["published"] else "own")
-    return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
+    return Record(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
                 results=results, report=taught["report"], seconds=seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
                 code=code_version(), machine=machine() | dict(device=device), history=taught["history"])
