@@ -9,7 +9,7 @@ __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 
            'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict',
            'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance',
            'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
-           'photos_views', 'select', 'step_flops', 'probe', 'estimate']
+           'photos_views', 'rivals_check', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -330,6 +330,14 @@ def photos_views() -> list[Run]:
     image, or every view asked about."""
     return _photos([dict(relabel=False, cached_views=k) for k in (1, 2, 4, 8)] + [dict(relabel=True)], source=COLOURED,
                    balance="none", n=20_000, updates=4_470)
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-rivals
+@grid
+def rivals_check() -> list[Run]:
+    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD on MNIST, and the same in short."
+    zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
+    ways = "zskd(steps=150,lr=0.01)", "zskd(steps=500)"
+    return [Run(target="mnist", source=s, views=v, **zskd) for s in ways for v in ("none", "affine")]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(

@@ -43,6 +43,7 @@ from kd_arbitrary.transfer.balance import (
 )
 from ..transfer.push import check_smooth, usual_smooth
 from ..transfer.rivals import GENERATED, check_given
+from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
 from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
