@@ -360,9 +360,10 @@ def photos_views() -> list[Run]:
 # %% ../../nbs/studies/03_grids.ipynb #grids-rivals
 @grid
 def rivals_check() -> list[Run]:
-    "Rivals as near to their papers as two cores allow, nothing balanced. ZSKD: LeNet on MNIST, 24,000 impressions; a third of the paper's steps, or ten times its rate for a tenth of them."
+    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD on MNIST, and the same in short."
     zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
-    return [Run(target="mnist", source=s, views=v, **zskd) for s in ("zskd(steps=150, lr=0.01)", "zskd(steps=500)") for v in ("none", "affine")]
+    ways = "zskd(steps=150,lr=0.01)", "zskd(steps=500)"
+    return [Run(target="mnist", source=s, views=v, **zskd) for s in ways for v in ("none", "affine")]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(
