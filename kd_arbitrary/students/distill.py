@@ -187,7 +187,7 @@ def distill(
     outputs = predict(student.to(device), transfer.images[:1], device=device).shape[1]
     if outputs != len(teacher.classes): raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; make it with as many")
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
-    with quick(teacher, settings.bfloat16) as asked:
+    with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
         taught = _material(asked, transfer, settings, relabel, device)
         if settings.bfloat16 and teacher.module is not None: asked.module.to(memory_format=torch.channels_last)      # as `fit` does with the student
         config = {} if checkpoint is None else _config(taught, settings) | (dict(frozen=True) if asked is not teacher else {})
