@@ -31,7 +31,7 @@ from ..pictures.views import make_views, unmixed
 from ..students.distill import Lesson, distill
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
-from ..teachers.frozen import gains, quick
+from ..teachers.frozen import freezable, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
@@ -203,7 +203,7 @@ def _transfer_set(
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
-    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)): options["bfloat16"] = wanted["bfloat16"] = True
+    if run.bfloat16 and (freezable(teacher) or run.balance in STRATEGIES.where(nudges=True)): options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
@@ -353,7 +353,7 @@ def _record(
 ) -> dict:
     "All that should be known of a finished run."
     who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
-               origin="published" if teacher.card["published"] else "own", frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
+               origin="published" if teacher.card["published"] else "own", frozen=run.bfloat16 and run.teacher_bn == "running" and freezable(teacher))
     return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
                 results=results, report=taught["report"], seconds=seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
                 code=code_version(), machine=machine() | dict(device=device), history=taught["history"])
