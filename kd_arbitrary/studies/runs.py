@@ -24,7 +24,7 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import Facts, data_root, option, pick, write_atomic
+from ..core import Facts, data_root, has_bfloat16, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, parse_source
 from ..pictures.views import make_views, unmixed
@@ -356,4 +356,4 @@ def _record(
                origin="published" if teacher.card["published"] else "own", frozen=run.bfloat16 and run.teacher_bn == "running" and freezable(teacher))
     return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
                 results=results, report=taught["report"], seconds=seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
-                code=code_version(), machine=machine() | dict(device=device), history=taught["history"])
+                code=code_version(), machine=machine() | dict(device=device, bfloat16=run.bfloat16 and has_bfloat16(device)), history=taught["history"])

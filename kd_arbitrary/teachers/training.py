@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../../nbs/teachers/02_training.ipynb #train-imports-core
-from ..core import generator, keep_freed, load_tensors, pick, progress, save_tensors, to_float
+from ..core import DeviceLost, bfloat16_where, generator, is_device_loss, keep_freed, load_tensors, pick, progress, save_tensors, to_float
 
 # %% ../../nbs/teachers/02_training.ipynb #train-predict
 ASKED = 256  # images at a time; more is no faster on a processor, and slower where they leave its cache
@@ -252,7 +252,8 @@ def fit(
     if min(epochs, batch_size, n) < 1: raise ValueError(f"epochs, batch_size and n must be at least 1, got {epochs}, {batch_size}, {n}")
     if not lr > 0: raise ValueError(f"lr must be positive, got {lr}; try 2e-3")
     keep_freed()
-    if bfloat16: model.to(memory_format=torch.channels_last)
+    narrow = bfloat16_where(bfloat16, device)
+    if narrow: model.to(memory_format=torch.channels_last)
     make, schedule = pick(WAYS, optimiser, "optimiser")
     own = dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, bfloat16=bfloat16, layout=_layout(model))
     if optimiser != "adamw": own["optimiser"] = optimiser
@@ -261,13 +262,28 @@ def fit(
     done = _continue(path, config, model, steps_of) if path and path.exists() else Fit()
     per_epoch = len(batches(n, batch_size, generator(0)))
     bar = progress(None, desc, epochs * per_epoch, show, initial=done.updates)
-    loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, bfloat16, device, path, config, steps_of, schedule, starting, done, per_epoch, bar)
+    loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, narrow, device, path, config, steps_of, schedule, starting, done, per_epoch, bar)
     for epoch in range(len(done.history), epochs):
         if starting: starting(epoch)
-        _remember(loop, _epoch(loop, epoch))
+        try: entry = _epoch(loop, epoch)
+        except RuntimeError as e:
+            if is_device_loss(e): raise _lost(loop, epoch, e) from e
+            raise
+        _remember(loop, entry)
         _keep(loop)
     bar.close()
     return done
+
+
+def _lost(
+    loop: _Loop,  # that cannot go on
+    epoch: int,  # counted from 0, in which it happened
+    error: RuntimeError,  # the vendor's
+) -> DeviceLost:
+    "What to tell about a device that is gone."
+    kept = f"what is done is kept in {loop.path}, and the same call goes on from there, on any device" if loop.path and loop.path.exists() else \
+        "no epoch was kept; begin again, with a checkpoint file to be safe"
+    return DeviceLost(f"the device {loop.device} failed in epoch {epoch + 1} of {loop.epochs} ({str(error).splitlines()[0]}); {kept}")
 
 
 def _epoch(

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-imports-core
-from ..core import Registry, generator, keep_freed, need_memory, option, progress, takes
+from ..core import Registry, bfloat16_where, generator, keep_freed, need_memory, option, progress, takes
 from ..pictures.sources import Source
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
@@ -402,6 +402,7 @@ def balance(
     complete = STRATEGIES.pick(strategy)
     work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
     _refuse(work)
+    work.settings = settings = replace(settings, bfloat16=bfloat16_where(settings.bfloat16, teacher.device))
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
     with quick(teacher, settings.bfloat16) as work.teacher:
