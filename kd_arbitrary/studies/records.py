@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 # %% ../../nbs/studies/02_records.ipynb #records-imports-core
 from ..core import is_device_loss, progress, write_atomic
-from .runs import LATER, VERSION, Run, execute, now, run_key
+from .runs import LATER, VERSION, Record, Run, execute, now, run_key
 
 # %% ../../nbs/studies/02_records.ipynb #records-load
 class RecordError(ValueError):
@@ -60,7 +60,7 @@ def _decode(
 
 def load_record(
     path: str | Path,  # a file of `write_record`
-) -> dict:
+) -> Record:
     "A record, or a `RecordError` that names its fault."
     path = Path(path)
     record = _decode(path)
@@ -73,7 +73,7 @@ def load_record(
     if key != run_key(record["config"]):
         raise RecordError("forged", path, f"its key {key} is not the hash of its configuration")
     if path.stem != key: raise RecordError("duplicate", path, f"it is the record {key} under another name")
-    return record
+    return Record(record)
 
 # %% ../../nbs/studies/02_records.ipynb #records-write
 def find_record(

@@ -100,7 +100,8 @@ class _Labels:
 
     def __init__(self, images, labels, views, seed, flip="views", smoothing=0.0):
         pick(dict.fromkeys(("views", "alternating")), flip, "flip")
-        if not 0 <= smoothing < 1: raise ValueError(f"smoothing must be a share in [0, 1), got {smoothing}; 0.1 is usual")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be a share in [0, 1), got {smoothing}; 0.1 is usual")
         self.images, self.labels, self.views, self.smoothing, self.epoch = images, labels, views, smoothing, 0
         self.side = torch.rand(len(images), generator=generator(seed, "flip")) < 0.5 if flip == "alternating" else None
 
@@ -124,7 +125,7 @@ def train_teacher(
     root: str | Path | None = None,  # data root; a teacher that is trained is kept below it in teachers/
     device: str = "cpu",  # where to train and to run
     show: bool = True,  # a progress bar
-    **changes,  # epochs, batch_size, lr, views, weight_decay, bfloat16, optimiser, flip, smoothing: others than those
+    **changes,  # epochs, batch_size, lr, views, weight_decay, bfloat16, optimiser, flip, smoothing: other ones
 ) -> Teacher:  # frozen, giving logits; `teacher.card` says how it was made, how good it is, and its `origin`
     "The target's teacher: the published one, one read from the data root, or one trained by its recipe and kept there."
     recipe = recipe_of(target.name, arch, **dict(seed=seed) | changes)
