@@ -39,6 +39,7 @@ from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
 from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
+from ..transfer.inversion import deepinversion  # noqa: F401, it enters the sources
 from ..transfer.rivals import GENERATED, check_given
 from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
 from ..transfer.sets import TransferSet, diagnose
