@@ -334,9 +334,11 @@ def photos_views() -> list[Run]:
 # %% ../../nbs/studies/03_grids.ipynb #grids-rivals
 @grid
 def rivals_check() -> list[Run]:
-    "Rivals as near to their papers as two cores allow, nothing balanced. ZSKD: LeNet on MNIST, 24,000 impressions; a third of the paper's steps, or ten times its rate for a tenth of them."
+    """Rivals as near to their papers as two cores allow, nothing balanced. ZSKD: LeNet on MNIST, 24,000 impressions;
+    a third of the paper's steps, or ten times its rate for a tenth of them."""
     zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
-    return [Run(target="mnist", source=s, views=v, **zskd) for s in ("zskd(steps=150, lr=0.01)", "zskd(steps=500)") for v in ("none", "affine")]
+    return [Run(target="mnist", source=s, views=v, **zskd)
+            for s in ("zskd(steps=150, lr=0.01)", "zskd(steps=500)") for v in ("none", "affine")]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(

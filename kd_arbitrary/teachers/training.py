@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../../nbs/teachers/02_training.ipynb #train-imports-core
-from ..core import generator, keep_freed, load_tensors, progress, save_tensors, to_float
+from ..core import ALONE, Alone, generator, keep_freed, load_tensors, progress, save_tensors, to_float
 
 # %% ../../nbs/teachers/02_training.ipynb #train-predict
 ASKED = 256  # images at a time; more is no faster on a processor, and slower where they leave its cache
@@ -207,6 +207,8 @@ class _Loop:
     fit: Fit  # what there is so far
     per_epoch: int  # steps
     bar: tqdm
+    ranks: Alone  # the processes that work on it
+    shared: nn.Module  # the model as it is called in training
     saved: float = -math.inf  # when the checkpoint was written, by the monotonic clock
 
 
@@ -228,6 +230,7 @@ def fit(
     device: str | torch.device = "cpu",  # where the model is
     desc: str = "training",  # text before the bar
     show: bool = True,  # a progress bar
+    ranks: Alone = ALONE,  # the processes that do this together; `loss_of` takes its `part` of a batch
 ) -> Fit:  # history, best state, updates
     "Train by Adam with a one-cycle rate; with a checkpoint file, continue where the last run stopped."
     if min(epochs, batch_size, n) < 1:
@@ -241,12 +244,13 @@ def fit(
     config, path = json.loads(json.dumps((config or {}) | own)), Path(checkpoint) if checkpoint else None
     done = _continue(path, config, model, optimiser) if path and path.exists() else Fit()
     per_epoch = len(batches(n, batch_size, generator(0)))
-    bar = progress(None, desc, epochs * per_epoch, show, initial=done.updates)
-    loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, bfloat16, device, path, config,
-                 optimiser, done, per_epoch, bar)
-    for epoch in range(len(done.history), epochs):
-        _remember(loop, _epoch(loop, epoch))
-        _keep(loop)
+    bar = progress(None, desc, epochs * per_epoch, show and ranks.first, initial=done.updates)
+    with ranks.shared(model) as shared:
+        loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, bfloat16, device, path, config,
+                     optimiser, done, per_epoch, bar, ranks, shared)
+        for epoch in range(len(done.history), epochs):
+            _remember(loop, _epoch(loop, epoch))
+            _keep(loop)
     bar.close()
     return done
 
@@ -259,9 +263,10 @@ def _epoch(
     start, g, total = time.perf_counter(), generator(loop.seed, "epoch", epoch), 0.0
     loop.model.train()
     with torch.random.fork_rng():
-        torch.manual_seed(g.initial_seed())
+        torch.manual_seed(g.initial_seed() + loop.ranks.rank)
         for index in batches(loop.n, loop.batch_size, g, loop.weights): total = total + _step(loop, index, g)
-    entry = dict(epoch=epoch + 1, loss=float(total) / loop.per_epoch, lr=loop.optimiser.param_groups[0]["lr"])
+    entry = dict(epoch=epoch + 1, loss=float(loop.ranks.mean(total)) / loop.per_epoch,
+                 lr=loop.optimiser.param_groups[0]["lr"])
     entry |= loop.measure(loop.model) if loop.measure else {}
     return entry | dict(seconds=round(time.perf_counter() - start, 4))
 
@@ -275,9 +280,9 @@ def _step(
     rate = loop.lr * one_cycle(loop.fit.updates, loop.epochs * loop.per_epoch)
     for group in loop.optimiser.param_groups: group["lr"] = rate
     with torch.autocast(torch.device(loop.device).type, torch.bfloat16, enabled=loop.bfloat16):
-        loss = loop.loss_of(loop.model, index, g)
+        loss = loop.loss_of(loop.shared, index, g)
     loop.optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loop.ranks.backward(loss)
     loop.optimiser.step()
     loop.fit.updates += 1
     loop.bar.update()
@@ -303,6 +308,7 @@ def _keep(
     loop: _Loop,  # what is saved
 ) -> None:
     "Write the checkpoint, after the last epoch and otherwise at most once a second."
+    if not loop.ranks.first: return
     if loop.path is None or len(loop.fit.history) < loop.epochs and time.monotonic() - loop.saved < SAVE_EVERY: return
     meta = dict(config=loop.config, history=loop.fit.history, updates=loop.fit.updates)
     save_tensors(loop.path, _flatten(loop.model, loop.optimiser, loop.fit.best), meta, "checkpoint")

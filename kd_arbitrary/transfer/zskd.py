@@ -36,7 +36,8 @@ def last_linear(
     module, output = used[-1] if used else (None, None)
     said = answer.log() if teacher.gives == "probabilities" and module is not None else answer
     if module is None or module.weight.flatten(1).shape[0] != k or not _same_answer(output, said):
-        raise ValueError(f"zskd reads the similarity of classes from the last linear layer, and {type(teacher.module).__name__} does not end with one of {k} outputs; "
+        raise ValueError("zskd reads the similarity of classes from the last linear layer, "
+                         f"and {type(teacher.module).__name__} does not end with one of {k} outputs; "
                          "take deepinversion, which needs none, or draw images")
     return module.weight.detach().flatten(1).float().cpu()
 
@@ -111,7 +112,9 @@ def data_impressions(
     watch: Callable | None = None,  # (step, [b] divergence) is called at each step
 ) -> Tensor:  # [b, C, H, W] float32 in [0, 1]
     "Images that make the teacher answer with the targets."
-    if not (lr > 0 and temperature > 0): raise ValueError(f"lr and temperature must be positive, got {lr} and {temperature}; the authors have 0.001 and 20")
+    if not (lr > 0 and temperature > 0):
+        raise ValueError(f"lr and temperature must be positive, got {lr} and {temperature}; "
+                         "the authors have 0.001 and 20")
     y = targets.to(teacher.device)
     least = torch.special.entr(y).sum(1)
     x = start.to(teacher.device).clone().requires_grad_()
@@ -127,7 +130,8 @@ def data_impressions(
     return stretched(x.detach())
 
 # %% ../../nbs/transfer/06_zskd.ipynb #zskd-rival
-@rival(paper="Nayak, Mopuri, Shaj, Babu, Chakraborty: Zero-Shot Knowledge Distillation in Deep Networks, ICML 2019, sections 3.2 and 3.3")
+@rival(paper="Nayak, Mopuri, Shaj, Babu, Chakraborty: Zero-Shot Knowledge Distillation in Deep Networks, ICML 2019, "
+             "sections 3.2 and 3.3")
 def zskd(
     commission: Commission,  # for whom, how many, by which seed
     *,
@@ -139,7 +143,8 @@ def zskd(
     enough: float = 0.0,  # mean divergence, nats, at which a batch is done; 0: all steps, as in the paper
     start: str = "",  # text of a source for the images to begin as; "": uniform noise
 ) -> list[Batch]:
-    "Data impressions (Nayak et al., ICML 2019): images that make the teacher answer with softmax vectors drawn around each class."
+    """Data impressions (Nayak et al., ICML 2019): images that make the teacher answer with softmax
+    vectors drawn around each class."""
     teacher = commission.teacher
     likeness, k = similarity(last_linear(teacher)), len(teacher.classes)
     alpha = [concentration(likeness, scale) for scale in scales]
@@ -147,4 +152,5 @@ def zskd(
         g = generator(commission.seed, "zskd", i)
         targets, begin = soft_targets(alpha[group // k][group % k], b, g), commission.starts(b, g, torch.rand)
         return data_impressions(teacher, targets, begin, steps, lr, temperature, enough)
-    return [(b, partial(make, group, b, i)) for i, (group, b) in enumerate(even_batches(commission.n, k * len(scales), batch))]
+    return [(b, partial(make, group, b, i))
+            for i, (group, b) in enumerate(even_batches(commission.n, k * len(scales), batch))]
