@@ -10,7 +10,7 @@ __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generat
            'impress', 'push', 'survival', 'Source', 'make_source', 'Teacher', 'load_model', 'save_model',
            'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy', 'label', 'export_student', 'load_student',
            'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect', 'saved', 'Job', 'execute_job', 'load_teacher',
-           'RIVALS', 'behind_ledger', 'serve', 'budget_curves', 'Diagnosis']
+           'RIVALS', 'behind_ledger', 'serve', 'budget_curves', 'Diagnosis', 'write_report']
 
 # %% ../nbs/02_all.ipynb #all-imports
 from .core import adapt, data_root, generator
@@ -25,6 +25,7 @@ from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fil
 from .studies.grids import GRIDS
 from .studies.own import Job, execute_job
 from .studies.records import read_records, run_grid
+from .studies.report import write_report
 from .studies.runs import Run, execute
 from .studies.tables import records_frame, results_table
 from .teachers.adapters import load_teacher
@@ -50,4 +51,4 @@ _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator
          "TransferSet", "diagnose", "histogram_entropy", "label",
          "export_student", "load_student", "make_student", "cluster_bootstrap", "gains", "mixed_effect", "saved", "Job",
          "execute_job", "load_teacher",
-         "RIVALS", "behind_ledger", "serve", "budget_curves", "Diagnosis"]
+         "RIVALS", "behind_ledger", "serve", "budget_curves", "Diagnosis", "write_report"]
