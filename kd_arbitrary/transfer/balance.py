@@ -44,6 +44,7 @@ class FillReport:
     repeated: tuple[int, ...]  # per class: copies of other images of it
     missing: tuple[int, ...]  # per class: asked for and not there
     gradients: int = 0  # images the teacher was asked about with a graph back to them, for gradient steps
+    cpu: float = 0.0  # processor seconds
 
     @property
     def quota(self) -> tuple[int, ...]:
@@ -397,7 +398,7 @@ def balance(
     path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
-    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
+    start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     complete = STRATEGIES.pick(strategy)
     work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
     _refuse(work)
@@ -406,7 +407,7 @@ def balance(
     _drawn(work)
     complete(work)
     _empty_classes(work)
-    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped)
+    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped, time.process_time() - spent)
     return _finished(work, report, note or {}, path), report
 
 
@@ -426,11 +427,12 @@ def _report(
     seconds: float,  # it took
     queries: int,  # images asked about
     gradients: int,  # of them, with a graph
+    cpu: float,  # processor seconds
 ) -> FillReport:
     "What it took, class by class."
     ints = lambda t: tuple(t.tolist())
     return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries, seconds, ints(work.seen), ints(work.accepted),
-                      ints(work.perturbed), ints(work.repeated), ints(work.short), gradients)
+                      ints(work.perturbed), ints(work.repeated), ints(work.short), gradients, cpu)
 
 
 def _finished(
