@@ -10,7 +10,7 @@ __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generat
            'impress', 'push', 'survival', 'Source', 'make_source', 'Teacher', 'load_model', 'save_model',
            'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy', 'label', 'export_student', 'load_student',
            'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect', 'saved', 'Job', 'execute_job', 'load_teacher',
-           'behind_ledger', 'serve', 'budget_curves', 'Diagnosis']
+           'RIVALS', 'behind_ledger', 'serve', 'budget_curves', 'Diagnosis']
 
 # %% ../nbs/02_all.ipynb #all-imports
 from .core import adapt, data_root, generator
@@ -34,6 +34,7 @@ from .teachers.targets import TARGETS, Target, load_target
 from .teachers.teacher import Teacher
 from .transfer.balance import STRATEGIES, FillReport, balance
 from .transfer.push import impress, push, survival
+from .transfer.rivals import RIVALS
 from .transfer.diagnosis import Diagnosis, diagnose
 from .transfer.sets import TransferSet, histogram_entropy, label
 
@@ -44,4 +45,4 @@ _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator
          "accuracy_bars", "class_histogram", "fill_bars", "learning_curves", "records_frame", "results_table", "sheet", "summary",
          "impress", "push", "survival", "Source", "make_source", "Teacher", "load_model", "save_model", "train_teacher", "TransferSet", "diagnose", "histogram_entropy", "label",
          "export_student", "load_student", "make_student", "cluster_bootstrap", "gains", "mixed_effect", "saved", "Job", "execute_job", "load_teacher",
-         "behind_ledger", "serve", "budget_curves", "Diagnosis"]
+         "RIVALS", "behind_ledger", "serve", "budget_curves", "Diagnosis"]

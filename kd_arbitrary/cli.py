@@ -220,7 +220,8 @@ def _unsaid(text: str, default: str, **kwargs): return _option(f"{text} [default
 
 NAMES = dict(  # option -> what may stand there, looked up when help is shown, so that additions of a plugin are listed too
     target=lambda: TARGETS, balance=lambda: STRATEGIES, loss=lambda: LOSSES, views=lambda: VIEWS, teacher=lambda: MODELS, name=lambda: GRIDS,
-    drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"), real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"))
+    drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"), real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"),
+    made=lambda: SOURCES.where(kind="generated"))
 
 
 def _filled(text: str | None) -> str | None:
@@ -343,7 +344,7 @@ def distil_own(
 def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
     images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
-    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; "
+    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; made by the teacher's gradients: {{made}}; "
                                    f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}", MIXTURE)] = None,
     balance: Annotated[str | None, _unsaid("How classes are made equally frequent: {balance}", "fill; repeat for a black box")] = None,
     n: Annotated[int | None, _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,
@@ -601,7 +602,7 @@ diagnose_app = _app()
 def kd_diagnose(
     teacher: Annotated[str, _option("As for kd_distill: a file, torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; or a target, whose published or trained teacher is meant.")],
     images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
-    source: Annotated[str | None, _unsaid("Where images would come from: {drawn}; real pictures: {real}; or a weighted sum", MIXTURE)] = None,
+    source: Annotated[str | None, _unsaid("Where images would come from: {drawn}; real pictures: {real}; made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
     n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
     sample: Annotated[int, _option("Images to look at.")] = 2_000,
     classes: Annotated[str | None, _job_said("classes")] = None,
@@ -621,7 +622,7 @@ def kd_diagnose(
         torch.set_num_threads(1)
         if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, show=False)
         else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
-        found = diagnose(make_source(source or MIXTURE, who.input_shape, root), who, n, sample, seed)
+        found = diagnose(make_source(source or MIXTURE, who.input_shape, root, teacher=who, n=sample, seed=seed), who, n, sample, seed)
         typer.echo(json.dumps(asdict(found)) if as_json else str(found))
 
 

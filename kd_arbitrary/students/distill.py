@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core import generator, need_memory, option, takes, to_float, to_stored
 from ..pictures.views import make_views
 from .losses import LOSSES
+from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import fit, predict
 from ..transfer.balance import memory_needed
@@ -189,11 +190,12 @@ def distill(
     outputs = predict(student.to(device), transfer.images[:1], device=device).shape[1]
     if outputs != len(teacher.classes): raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; make it with as many")
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
-    taught = _material(teacher, transfer, settings, relabel, device)
-    if settings.bfloat16 and teacher.module is not None: teacher.module.to(memory_format=torch.channels_last)      # as `fit` does with the student
-    config = {} if checkpoint is None else _config(taught, settings)
-    run = fit(student, taught.loss_of, len(taught.rows), weights=taught.weights, measure=taught.measure, checkpoint=checkpoint, config=config,
-              device=device, desc="distilling", show=show, **{k: getattr(settings, k) for k in ("epochs", "batch_size", "lr", "seed", "bfloat16")})
+    with quick(teacher, settings.bfloat16) as asked:
+        taught = _material(asked, transfer, settings, relabel, device)
+        if settings.bfloat16 and teacher.module is not None: asked.module.to(memory_format=torch.channels_last)      # as `fit` does with the student
+        config = {} if checkpoint is None else _config(taught, settings) | (dict(frozen=True) if asked is not teacher else {})
+        run = fit(student, taught.loss_of, len(taught.rows), weights=taught.weights, measure=taught.measure, checkpoint=checkpoint, config=config,
+                  device=device, desc="distilling", show=show, **{k: getattr(settings, k) for k in ("epochs", "batch_size", "lr", "seed", "bfloat16")})
     total = lambda what: sum(entry[what] for entry in run.history)
     spent = sum(entry.get("cpu", 0.0) for entry in run.history)
     return Distilled(student.eval(), run.history, run.best, run.updates, taught.cached + total("queries"), total("seconds"), cpu=spent)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
            'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY',
-           'PHOTOS', 'FIRST', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free',
-           'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_queries',
-           'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance', 'sizes',
-           'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
+           'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results',
+           'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict',
+           'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance',
+           'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
            'photos_views', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
@@ -242,8 +242,9 @@ def cifar100_full() -> list[Run]:
 # %% ../../nbs/studies/03_grids.ipynb #grids-cifar-photos
 COLOURED = "programs+textured_leaves+objects+spectra"  # no real image, in equal shares
 TINY = "array(path='tiny_imagenet32_train8k.npz')"  # 8,000 photographs of two hundred kinds of things
-PHOTOS = dict(target="cifar10", n=50_000, updates=11_160, **WIDE)  # thirty passes over what is not held out
-FIRST = (dict(source=COLOURED), dict(source="cifar100_unrelated", n=42_000), dict(source="gaussian"), dict(source="gaussian", teacher_bn="batch"))
+PHOTOS = dict(target="cifar10", n=50_000, updates=11_160, relabel=False, cached_views=8, **WIDE)  # thirty passes over what is not held out
+FIRST = (dict(source=COLOURED), dict(source="cifar100_unrelated", n=42_000))
+NOISE = (dict(source="gaussian", teacher_bn="batch"), dict(source="gaussian"))
 THEN = tuple(dict(source=s) for s in ("programs", "textured_leaves", "pyramid", "deadleaves", "scenes")) + (dict(source=TINY, n=8_000),)
 REFERENCES = (dict(source="original", balance="none"), dict(source="labels", balance="none"))
 
@@ -267,14 +268,15 @@ def _photos(
 @grid
 def photos_cifar10() -> list[Run]:
     "CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: noise, drawings, coloured programs, unrelated photographs, as drawn, filled, repeated; original data, labels."
-    repeated = tuple(s for s in FIRST + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
-    return _photos([*REFERENCES, *_cells(FIRST, "none", "fill"), *_cells(THEN, "none", "fill"), *_cells(repeated, "repeat")])
+    repeated = tuple(s for s in FIRST + NOISE + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
+    first = [*_cells(FIRST, "none"), REFERENCES[0], *_cells(FIRST, "fill"), REFERENCES[1]]
+    return _photos([*first, *_cells(NOISE + THEN, "none", "fill"), *_cells(repeated, "repeat")])
 
 
 @grid
 def photos_wrn() -> list[Run]:
     "CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs, unrelated photographs, as drawn and filled; original data, labels."
-    return _photos([*REFERENCES, *_cells((FIRST[0], FIRST[3], FIRST[1]), "none", "fill")], teacher="wrn40_2", student="wrn16_1")
+    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], teacher="wrn40_2", student="wrn16_1")
 
 
 @grid

@@ -26,11 +26,12 @@ from filelock import FileLock
 from .. import core
 from ..core import Facts, data_root, option, pick, write_atomic
 from ..pictures.noise import SOURCES
-from ..pictures.sources import Part, Source, make_part, make_source, parse_source
+from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
 from ..students.distill import Lesson, distill
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
+from ..teachers.frozen import gains, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
@@ -38,6 +39,7 @@ from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
 from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
+from ..transfer.rivals import GENERATED, check_given
 from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
@@ -128,10 +130,23 @@ def _check_parts(
     "Refuse the target in disguise, and try what is computed with one image."
     for _, name, arguments, keywords in parse_source(text):
         if name in (target, *OWN.get(target, ())): raise ValueError(f"{text!r} holds the target's own images; the source 'original' is for that")
+        if name in GENERATED: _check_generated(name, arguments, keywords, target)
         if SOURCES.facts[name]["kind"] not in ("noise", "synthetic"): continue
         part = make_part(name, arguments, keywords, SIZES[target][1])
         if target in ("digits", "mnist") and name == "glyphs" and "digits=True" in part.text:
             raise ValueError(f"{part.text} draws digits, which {target} is made of; leave digits out")
+
+
+def _check_generated(
+    name: str,  # of a rival that makes a set
+    arguments: list,  # as they stand in the source
+    keywords: dict,  # likewise
+    target: str,  # name of the target
+) -> None:
+    "Refuse options of a rival that cannot be, and beginning with the target's own images."
+    _, given = named(name, arguments, keywords)
+    check_given(GENERATED[name], given)
+    if given.get("start"): check_source(given["start"], target)
 
 
 def _check(
@@ -202,7 +217,7 @@ def _transfer_set(
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
-    if run.bfloat16 and run.balance in STRATEGIES.where(nudges=True): options["bfloat16"] = wanted["bfloat16"] = True
+    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)): options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
@@ -221,7 +236,7 @@ def _from_transfer(
 ) -> dict:  # student, best, source, and parts of the record
     "Make the transfer set and teach the student with it."
     if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
-    source = original(target) if run.source == "original" else make_source(run.source, target.shape, root)
+    source = original(target) if run.source == "original" else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
     ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
@@ -229,7 +244,8 @@ def _from_transfer(
     taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)), device=device,
                      checkpoint=out and out / "checkpoint.safetensors", show=show)
     report = ts.info["report"]
-    return dict(student=taught.student, best=taught.best, data=dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces}),
+    data = dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces}) | (dict(making=ts.info["making"]) if "making" in ts.info else {})
+    return dict(student=taught.student, best=taught.best, data=data,
                 results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
                                             gradients=report["gradients"], drawn=report["drawn"]), report=report,
                 seconds=dict(transfer=report["seconds"], distill=taught.seconds), history=thinned(taught.history))
@@ -295,12 +311,13 @@ def _measured(
     device: str,  # where the student is
 ) -> dict:  # numbers for the record
     "The last and the best-agreement student on the test set."
-    look = lambda model: evaluate(model, target.test_images, target.test_labels, teacher=teacher, device=device)
-    last, best = look(taught["student"]), None
-    if taught["best"] is not None:
-        model = make_model(run.student, target.shape, len(target.classes)).to(device)
-        model.load_state_dict(taught["best"])
-        best = look(model)
+    with quick(teacher, run.bfloat16) as asked:
+        look = lambda model: evaluate(model, target.test_images, target.test_labels, teacher=asked, device=device)
+        last, best = look(taught["student"]), None
+        if taught["best"] is not None:
+            model = make_model(run.student, target.shape, len(target.classes)).to(device)
+            model.load_state_dict(taught["best"])
+            best = look(model)
     return {k: last[k] for k in ("accuracy", "per_class", "agreement", "ece")} | dict(accuracy_best=best and best["accuracy"])
 
 
@@ -351,7 +368,7 @@ def _record(
 ) -> dict:
     "All that should be known of a finished run."
     who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
-               origin="published" if teacher.card["published"] else "own")
+               origin="published" if teacher.card["published"] else "own", frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
     return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
                 results=results, report=taught["report"], seconds=seconds, peak_memory_mb=peak_memory_mb(), versions=versions(),
                 code=code_version(), machine=machine() | dict(device=device), history=taught["history"])

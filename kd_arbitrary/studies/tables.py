@@ -18,7 +18,7 @@ from ..pictures.sources import parse_source
 from .runs import GIVEN, LATER, Run
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-kind
-KINDS = ("noise", "synthetic", "natural", "mixture", "original", "other")
+KINDS = ("noise", "synthetic", "natural", "generated", "mixture", "original", "other")
 
 
 def source_kind(

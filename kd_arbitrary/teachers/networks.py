@@ -221,11 +221,56 @@ class _Normed(torch.autograd.Function):
             out[block] = (g * r).addcmul_(u, wide, value=-1.5 * ctx.a)
         return out, None
 
+# %% ../../nbs/teachers/01_networks.ipynb #models-narrow
+def _pairs(
+    t: Tensor,  # [..., C] contiguous
+    back: bool = False,  # the channel after in place of the one before
+) -> Tensor:  # [..., C]
+    "t_c + t_{c-1}, or t_c + t_{c+1}."
+    out, flat, end = t.clone(), t.view(-1), -1 if back else 0
+    if back: out.view(-1)[:-1] += flat[1:]
+    else: out.view(-1)[1:] += flat[:-1]
+    out[..., end] = t[..., end]
+    return out
+
+
+def _share(v: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    "p = x_c² + x_{c-1}², and p / (1 + 7/8 a p): of the factor, what differs from 1, over -3/4 a."
+    p = _pairs(v * v)
+    return p, p / torch.add(1, p, alpha=0.875 * a)
+
+
+class _NormedNarrow(torch.autograd.Function):
+    "`_Normed` in the format of its input, to about that format's precision; channels last."
+
+    @staticmethod
+    def forward(ctx, x, a):
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x)
+        ctx.a, ctx.dtype, y = a, torch.float32, torch.empty_like(x)
+        for block in _blocks(x):
+            v = x[block].permute(0, 2, 3, 1)
+            torch.addcmul(v, v, _share(v, a)[1], value=-0.75 * a, out=y[block].permute(0, 2, 3, 1))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled(): return _Normed.backward(ctx, grad)      # somebody wants the gradient of the gradient
+        x, = ctx.saved_tensors
+        grad, out, a = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x), ctx.a
+        for block in _blocks(x):
+            v, g = x[block].permute(0, 2, 3, 1), grad[block].permute(0, 2, 3, 1)
+            p, share = _share(v, a)
+            scaled = torch.addcmul(g, g, share, value=-0.75 * a)
+            u = _pairs((scaled * v).div_(p.mul_(a).add_(1)), back=True)
+            torch.addcmul(scaled, v, u, value=-1.5 * a, out=out[block].permute(0, 2, 3, 1))
+        return out, None
+
 
 class PairNorm(nn.Module):
     "What `nn.LocalResponseNorm(2)` gives, several times faster on a CPU."
 
-    def forward(self, x: Tensor) -> Tensor: return _Normed.apply(x, 5e-5)
+    def forward(self, x: Tensor) -> Tensor: return (_NormedNarrow if x.dtype == torch.bfloat16 else _Normed).apply(x, 5e-5)
 
 # %% ../../nbs/teachers/01_networks.ipynb #models-alexnet
 def alexnet(

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 # %% ../../nbs/transfer/03_balance.ipynb #balance-imports-core
 from ..core import Registry, generator, keep_freed, need_memory, option, progress, takes
 from ..pictures.sources import Source
+from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from .push import impress, push, usual_smooth
 from .sets import TransferSet, make_set
@@ -146,7 +147,8 @@ def _draw(
     "The images taken, the surplus kept, and how often each class was seen."
     kept, spare, seen, room = _Pool(n, folder), _Pool(surplus, folder), torch.zeros_like(room), room.clone()
     bar = progress(None, "drawing", n, show)
-    for images, origin in source.stream(seed, DRAWN):
+    block = min(DRAWN, limit) if source.made() else DRAWN       # generated images are no more than are wanted: a block holds its share of them
+    for images, origin in source.stream(seed, block):
         images, origin = images[: limit - int(seen.sum())], origin[: limit - int(seen.sum())]
         scores = teacher(images)
         predicted = scores.argmax(1)
@@ -237,6 +239,7 @@ class _Work:
     repeated: Tensor | None = None  # [K] copies
     order: Tensor | None = None  # [n] positions of the images in `kept`; None: as they are
     weights: Tensor | None = None  # [n] sampling probabilities
+    making: dict = field(default_factory=dict)  # queries, gradients and seconds that generated images cost
 
 
 def _drawn(
@@ -398,14 +401,20 @@ def balance(
     path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
+<<<<<<< HEAD
     start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
+=======
+>>>>>>> main
     complete = STRATEGIES.pick(strategy)
     work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
     _refuse(work)
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
-    _drawn(work)
-    complete(work)
+    work.making = source.made()
+    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
+    with quick(teacher, settings.bfloat16) as work.teacher:
+        _drawn(work)
+        complete(work)
     _empty_classes(work)
     report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped, time.process_time() - spent)
     return _finished(work, report, note or {}, path), report
@@ -429,10 +438,17 @@ def _report(
     gradients: int,  # of them, with a graph
     cpu: float,  # processor seconds
 ) -> FillReport:
+<<<<<<< HEAD
     "What it took, class by class."
     ints = lambda t: tuple(t.tolist())
     return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries, seconds, ints(work.seen), ints(work.accepted),
                       ints(work.perturbed), ints(work.repeated), ints(work.short), gradients, cpu)
+=======
+    "What it took, class by class; what generated images cost is part of it."
+    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0) | work.making
+    return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries + made["queries"], seconds + made["seconds"],
+                      ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short), gradients + made["gradients"])
+>>>>>>> main
 
 
 def _finished(
@@ -448,6 +464,7 @@ def _finished(
         order = order[torch.randperm(len(order), generator=generator(work.settings.seed, "shuffle"))]
     work.spare = None
     info = dict(source=work.source.text, parts=list(work.source.parts), seed=work.settings.seed, strategy=work.strategy, report=report.to_dict()) | note
+    if work.making: info["making"] = work.making
     ts = make_set(*work.kept.rows(), work.teacher, work.weights, **info)
     if path: return TransferSet.load(ts.save(path, order))
     return ts if order is None else ts.select(order)

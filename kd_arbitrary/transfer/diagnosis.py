@@ -103,13 +103,14 @@ def diagnose(
     if teacher is None: raise ValueError("to diagnose a source, give the teacher who would be asked")
     start = time.process_time()
     sample = min(sample, what.size) if what.size else sample
-    ts = label(what.draw(sample, generator(seed, "diagnose")), teacher, what.text)
+    ts = label(what.draw(sample, generator(seed, "diagnose")), teacher, what.text)       # makes generated images, if there are any
     pace, told = (time.process_time() - start) / sample, _diagnose_set(ts)
     draws = draws_needed(ts.counts, n)
     short = sum(max(0.0, n / len(ts.counts) - n * c / sample) for c in ts.counts.tolist())
     counted = min(draws[0], FEW * n)
-    queries = dict(none=n, quota=counted, repeat=counted) | (dict(fill=n + short * (STEPS_A_NUDGE + 1)) if teacher.whitebox else {})
-    seconds = {way: asked * pace * (2 if way == "fill" else 1) for way, asked in queries.items()}
+    each = 1 + what.made().get("queries", 0) / sample                       # a generated image is asked about while it is made, too
+    queries = dict(none=n * each, quota=counted * each, repeat=counted * each) | (dict(fill=n * each + short * (STEPS_A_NUDGE + 1)) if teacher.whitebox else {})
+    seconds = {way: asked / each * pace * (2 if way == "fill" else 1) for way, asked in queries.items()}
     return Diagnosis(what.text, teacher.classes, n, sample, tuple(ts.counts.tolist()), histogram_entropy(ts.counts), told["confidence"], told["effective_rank"],
                      draws, queries, seconds, _advice(ts.counts, draws[0] / n, teacher))
 
