@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-imports-core
-from ..core import Registry, generator, keep_freed, load_tensors, need_memory, option, pick, progress, save_tensors, takes, to_float, to_stored
+from ..core import generator, keep_freed, load_tensors, need_memory, option, pick, progress, save_tensors, takes, to_float, to_stored
 from ..pictures.sources import parse_source
 from ..pictures.views import make_views
 from .distill import Distilled, fingerprint
 from .losses import LOSSES, soften
 from ..teachers.teacher import Teacher
 from ..teachers.training import SAVE_EVERY, evaluating, footprint, one_cycle, predict, same_run
+from ..transfer.rivals import RIVALS
 from ..transfer.sets import TransferSet
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-gen
@@ -305,10 +306,10 @@ def as_logits(
     return scores if gives == "logits" else scores.clamp_min(1e-12).log()
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-dafl
-ADVERSARIES = Registry("adversarial method")  # functions (duel, generator) -> what is taught, or None for images of the memory; the fact `making` is the class of its settings
+ADVERSARIES = RIVALS.kind("loop")  # functions (duel, generator) -> what is taught, or None for images of the memory; the facts `making`, the class of its settings, and `paper`
 
 
-@ADVERSARIES.add(making=Dafl)
+@ADVERSARIES.add(making=Dafl, paper="Chen et al., Data-Free Learning of Student Networks, ICCV 2019, section 3")
 def dafl(
     duel: Duel,  # improved
     g: torch.Generator,  # of this round
@@ -327,7 +328,7 @@ def dafl(
 CLIP = 5.0  # longest gradient in ZSKT, of generator and student (the authors' `solver.py`)
 
 
-@ADVERSARIES.add(making=Zskt)
+@ADVERSARIES.add(making=Zskt, paper="Micaelli and Storkey, Zero-shot Knowledge Transfer via Adversarial Belief Matching, NeurIPS 2019, section 3")
 def zskt(
     duel: Duel,  # improved
     g: torch.Generator,  # of this round
@@ -339,7 +340,7 @@ def zskt(
     with torch.no_grad(): return duel.ask(duel.draw(z))
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-fast
-@ADVERSARIES.add(making=Fast)
+@ADVERSARIES.add(making=Fast, paper="Fang et al., Up to 100x Faster Data-free Knowledge Distillation, AAAI 2022, Algorithm 1")
 def fast(
     duel: Duel,  # improved
     g: torch.Generator,  # of this round

@@ -401,17 +401,13 @@ def balance(
     path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
-<<<<<<< HEAD
-    start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
-=======
->>>>>>> main
     complete = STRATEGIES.pick(strategy)
     work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
     _refuse(work)
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
     work.making = source.made()
-    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
+    start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
         _drawn(work)
         complete(work)
@@ -438,17 +434,11 @@ def _report(
     gradients: int,  # of them, with a graph
     cpu: float,  # processor seconds
 ) -> FillReport:
-<<<<<<< HEAD
-    "What it took, class by class."
-    ints = lambda t: tuple(t.tolist())
-    return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries, seconds, ints(work.seen), ints(work.accepted),
-                      ints(work.perturbed), ints(work.repeated), ints(work.short), gradients, cpu)
-=======
     "What it took, class by class; what generated images cost is part of it."
-    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0) | work.making
+    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0, cpu=0.0) | work.making
     return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries + made["queries"], seconds + made["seconds"],
-                      ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short), gradients + made["gradients"])
->>>>>>> main
+                      ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short), gradients + made["gradients"],
+                      cpu + made["cpu"])
 
 
 def _finished(
