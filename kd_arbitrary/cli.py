@@ -37,7 +37,7 @@ from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .studies.own import Job, execute_job
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
-from .studies.runs import GIVEN, SIZES, Run, claim, execute, updates
+from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
 from .teachers.adapters import load_teacher
@@ -45,6 +45,7 @@ from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
 from .transfer.balance import STRATEGIES
 from .transfer.diagnosis import diagnose
+from .transfer.rivals import RIVALS
 from .transfer.sets import TransferSet
 
 # %% ../nbs/01_cli.ipynb #cli-errors
@@ -107,6 +108,7 @@ def comparison(
 ) -> dict[str, Run]:  # folder name to run
     "The runs that stand in one table: as drawn, balanced, and with the original data."
     if run.source in GIVEN: return {run.source: run}
+    if looped(run.source): return dict(adversarial=run, original=replace(run, source="original", balance="none", n=None, updates=run.updates))
     plain = replace(run, balance="none")
     bound = replace(plain, source="original", n=None, epochs=_as_long(run.epochs * run.n, run.target))
     return dict(unbalanced=plain) | (dict(balanced=run) if run.balance != "none" else {}) | dict(original=bound)
@@ -135,7 +137,7 @@ def compare(
     with lock:
         for name, run in runs.items():
             if find_record(out / name, run) is None:
-                if show: _say(f"{name}: {run.student} from {run.n:,} images of {run.source}, {run.epochs} epochs")
+                if show: _say(f"{name}: {run.student} from {f'{run.n:,} images of ' if run.n else ''}{run.source}, {updates(run):,} steps")
                 write_record(out / name, execute(run, root=root, out=out / name, device=device, show=show))
             records[name] = find_record(out / name, run)
         _draw_summary(records, out)
@@ -159,7 +161,7 @@ def _draw_summary(
     write_atomic(path, buffer.getvalue())
 
 # %% ../nbs/01_cli.ipynb #cli-table
-LABELS = dict(unbalanced="student, unbalanced", balanced="student, balanced ({balance})", original="student, original data", labels="student, labels")
+LABELS = dict(unbalanced="student, unbalanced", balanced="student, balanced ({balance})", adversarial="student, {source}", original="student, original data", labels="student, labels")
 
 
 def table(
@@ -221,7 +223,7 @@ def _unsaid(text: str, default: str, **kwargs): return _option(f"{text} [default
 NAMES = dict(  # option -> what may stand there, looked up when help is shown, so that additions of a plugin are listed too
     target=lambda: TARGETS, balance=lambda: STRATEGIES, loss=lambda: LOSSES, views=lambda: VIEWS, teacher=lambda: MODELS, name=lambda: GRIDS,
     drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"), real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"),
-    made=lambda: SOURCES.where(kind="generated"))
+    made=lambda: SOURCES.where(kind="generated"), loops=lambda: RIVALS.where(kind="loop"))
 
 
 def _filled(text: str | None) -> str | None:
@@ -344,7 +346,7 @@ def distil_own(
 def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
     images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
-    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; made by the teacher's gradients: {{made}}; "
+    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; made by the teacher's gradients: {{made}}; made while the student learns: {{loops}}; "
                                    f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}", MIXTURE)] = None,
     balance: Annotated[str | None, _unsaid("How classes are made equally frequent: {balance}", "fill; repeat for a black box")] = None,
     n: Annotated[int | None, _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,

@@ -21,7 +21,7 @@ import torch
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports-core
 from ..core import Registry, generator
 from ..students.distill import distill
-from .runs import GIVEN, N, SIZES, Run, updates
+from .runs import GIVEN, N, SIZES, Run, looped, updates
 from ..teachers.networks import count_flops, make_model
 from ..teachers.teacher import Teacher
 from ..transfer.sets import label
@@ -332,6 +332,13 @@ def probe(
 ALIKE = ("target", "teacher", "student", "batch_size", "views", "relabel", "bfloat16")  # runs equal in these take about the same time a step
 
 
+def _like(
+    config: dict,  # the fields of a run
+) -> tuple:
+    "What says how long a step takes; where images are made in the loop, how they are made, too."
+    return (*(config[k] for k in ALIKE), config["source"] if looped(config["source"]) else None)
+
+
 def estimate(
     runs: list[Run],  # any runs
     records: list[dict] = (),  # finished runs to learn from
@@ -342,12 +349,12 @@ def estimate(
     for r in records:
         if r["status"] == "done":
             spent = sum(v for stage, v in r["seconds"].items() if stage != "teacher")
-            pace.setdefault(tuple(r["config"][k] for k in ALIKE), []).append(spent / r["results"]["updates"])
+            pace.setdefault(_like(r["config"]), []).append(spent / r["results"]["updates"])
     for run in runs:
-        like = tuple(getattr(run, k) for k in ALIKE)
-        if like in pace or step_flops(run) > PROBED: continue
+        like = _like(vars(run))
+        if like in pace or looped(run.source) or step_flops(run) > PROBED: continue
         same = (SIZES[run.target][1:], *like[1:])                                       # of two targets with equal images, one is probed
         if same not in probed: probed[same] = probe(run, device)
         pace[like] = [probed[same]]
-    like = [tuple(getattr(run, k) for k in ALIKE) for run in runs]
+    like = [_like(vars(run)) for run in runs]
     return [fmean(pace[l]) * updates(run) if l in pace else None for run, l in zip(runs, like)]
