@@ -178,7 +178,8 @@ def load_array(
             with x as archive:
                 if "images" not in archive:
                     raise ValueError(f"it has no array `images`, only {', '.join(archive) or 'nothing'}")
-                need_memory(2 * archive.zip.getinfo("images.npy").file_size, "unpacking it", "cut it into several files")
+                need_memory(2 * archive.zip.getinfo("images.npy").file_size, "unpacking it",
+                            "cut it into several files")
                 x = archive["images"]
         if not isinstance(x, np.ndarray): raise ValueError("what it holds is no array")
     except Exception as e:                                                    # a broken file may raise anything
@@ -192,7 +193,8 @@ def load_array(
 
 # %% ../../nbs/pictures/05_natural.ipynb #data-picture
 PIXELS = 64_000_000  # largest picture that is opened
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # what is opened at all: none of these can hold a program
+# what is opened at all: none of these can hold a program
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 
 
 def _opened(
@@ -259,7 +261,8 @@ def _members(
             for name in sorted(n for n in z.namelist() if wanted(n)): yield f"{path}/{name}", partial(z.open, name)
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as t:
-            for m in sorted((m for m in t if m.isfile() and wanted(m.name)), key=lambda m: m.name): yield f"{path}/{m.name}", partial(t.extractfile, m)
+            for m in sorted((m for m in t if m.isfile() and wanted(m.name)), key=lambda m: m.name):
+                yield f"{path}/{m.name}", partial(t.extractfile, m)
     else: raise ValueError(f"{path} is neither a folder nor a .zip or .tar archive")
 
 
@@ -279,9 +282,13 @@ def load_folder(
         except (ValueError, OSError, zipfile.BadZipFile, RuntimeError) as e:
             if strict: raise ValueError(str(e)) from e
             skipped.append(str(e))
-    if not pictures and not skipped: raise ValueError(f"{path} holds no pictures; expected files like *{', '.join(SUFFIXES)}")
-    if not pictures: raise ValueError(f"none of the {len(skipped)} pictures in {path} can be used, the first: {skipped[0]}")
-    if skipped: warnings.warn(f"{len(skipped)} of {len(skipped) + len(pictures)} pictures are left out: {'; '.join(skipped[:3])}", stacklevel=2)
+    if not pictures and not skipped:
+        raise ValueError(f"{path} holds no pictures; expected files like *{', '.join(SUFFIXES)}")
+    if not pictures:
+        raise ValueError(f"none of the {len(skipped)} pictures in {path} can be used, the first: {skipped[0]}")
+    if skipped:
+        warnings.warn(f"{len(skipped)} of {len(skipped) + len(pictures)} pictures are left out: "
+                      f"{'; '.join(skipped[:3])}", stacklevel=2)
     channels = max(len(p) for p in pictures)
     return torch.stack([p.expand(channels, -1, -1) for p in pictures])
 
@@ -322,7 +329,8 @@ def pictures(
     return torch.stack(crops)
 
 # %% ../../nbs/pictures/05_natural.ipynb #data-unrelated
-KIN = tuple("bicycle bus motorcycle pickup_truck train lawn_mower rocket streetcar tank tractor leopard lion tiger wolf fox cattle".split())
+KIN = tuple("bicycle bus motorcycle pickup_truck train lawn_mower rocket streetcar tank tractor leopard lion tiger "
+            "wolf fox cattle".split())
 
 
 def cifar100_unrelated(

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import adapt, check_images, generator, pick
 from .natural import load_array, load_folder, load_picture
 from .noise import SOURCES, Range, in_chunks, per_image
-from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all of them enter SOURCES
+from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all enter SOURCES
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-share
 def share(
@@ -46,7 +46,8 @@ class Part:
     "One source that is not a mixture."
     text: str  # rebuilds it
     kind: str  # "noise", "synthetic", "natural" or "generated"
-    take: Callable | Tensor = field(repr=False)  # (n, generator) -> images; or all of a finite part; or a lazy one of those, with a length and a price
+    # (n, generator) -> images; or all of a finite part; or a lazy one of those, with a length and a price
+    take: Callable | Tensor = field(repr=False)
     dtype: torch.dtype = torch.uint8  # of its images
 
     @property
@@ -168,7 +169,8 @@ def crops(
     return out
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-files
-FILES = SOURCES.kind("file")  # what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+# what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+FILES = SOURCES.kind("file")
 
 
 def fitted(
@@ -324,7 +326,8 @@ def make_source(
     download: bool = True,  # may missing natural sets be downloaded?
     *,
     teacher=None,  # a `Teacher` for generated parts, and only for them
-    n: int | None = None,  # images a set should have: a generated part makes its share of them, unless its own text says how many
+    # images a set should have: a generated part makes its share of them, unless its own text says how many
+    n: int | None = None,
     seed: int = 0,  # of generated images
     show: bool = False,  # a progress bar while they are made
 ) -> Source:
@@ -342,7 +345,8 @@ def make_source(
         weights[part] = weights.get(part, 0) + weight
     if len(terms) > 256: raise ValueError(f"a source has at most 256 parts, got {len(terms)}; leave some out")
     shares, parts = normalised(list(weights.values())), tuple(terms)
-    pieces = tuple(make_part(*term, shape, root, download, teacher=teacher, n=n and math.ceil(n * w), seed=seed, show=show) for term, w in zip(terms.values(), shares))
+    pieces = tuple(make_part(*term, shape, root, download, teacher=teacher, n=n and math.ceil(n * w), seed=seed,
+                             show=show) for term, w in zip(terms.values(), shares))
     sizes = [p.size for p in pieces]
     return Source(" + ".join(f"{w:.6g}*{t}" for w, t in zip(shares, parts)) if len(parts) > 1 else parts[0],
                   "mixture" if len(parts) > 1 else pieces[0].kind, shape, parts,

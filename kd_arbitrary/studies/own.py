@@ -42,12 +42,17 @@ class Job(Lesson, Balancing):
     source: str | None = option(None, "Where images come from", unsaid="strokes and noise, or the images given")
     n: int | None = option(None, "Images in the transfer set", unsaid="20,000, or all there are")
     balance: str | None = option(None, "How classes are made equally frequent", unsaid="fill; repeat for a black box")
-    student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME", unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
-    views: str | None = option(None, "What happens to images in the loop", unsaid="affine+mixup; none for a black box with a budget")
-    classes: tuple[str, ...] | int | None = option(None, "Names of the classes, or how many", unsaid="as the teacher says")
-    input_shape: tuple[int, int, int] | None = option(None, "Channels, height, width of its images", unsaid="as the teacher says")
+    student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME",
+                                 unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
+    views: str | None = option(None, "What happens to images in the loop",
+                               unsaid="affine+mixup; none for a black box with a budget")
+    classes: tuple[str, ...] | int | None = option(None, "Names of the classes, or how many",
+                                                   unsaid="as the teacher says")
+    input_shape: tuple[int, int, int] | None = option(None, "Channels, height, width of its images",
+                                                      unsaid="as the teacher says")
     gives: str | None = option(None, "What it answers: logits, probabilities, labels, top", unsaid="as it answers")
-    mean: tuple[float, ...] | None = option(None, "Mean of the images it was trained on, one or one a channel", unsaid="as the teacher says")
+    mean: tuple[float, ...] | None = option(None, "Mean of the images it was trained on, one or one a channel",
+                                            unsaid="as the teacher says")
     std: tuple[float, ...] | None = option(None, "Standard deviation of them, likewise", unsaid="as the teacher says")
     input_range: tuple[float, float] = option((0.0, 1.0), "What black and white are to it")
     multi_label: bool = option(False, "Its logits are those of independent labels")
@@ -64,10 +69,12 @@ def _settled(
     small, gray = max(teacher.input_shape[1:]) <= 64, teacher.input_shape[0] == 1
     student = job.student or ("lenet5_half" if small and gray else "wrn16_1" if small else None)
     if student is None:
-        raise ValueError(f"name a student for images of {teacher.input_shape[1:]} pixels, e.g. torchvision:mobilenet_v3_small or timm:resnet18 (--student)")
+        raise ValueError(f"name a student for images of {teacher.input_shape[1:]} pixels, "
+                         "e.g. torchvision:mobilenet_v3_small or timm:resnet18 (--student)")
     most = min(x for x in (job.n or IMAGES, size, job.budget) if x is not None)
     white = teacher.whitebox
-    out = dict(student=student, balance=job.balance or ("fill" if white else "repeat"), n=most, views=job.views or ("none" if job.budget else "affine+mixup"))
+    out = dict(student=student, balance=job.balance or ("fill" if white else "repeat"), n=most,
+               views=job.views or ("none" if job.budget else "affine+mixup"))
     if job.budget: out |= dict(limit=min(job.limit or job.budget, job.budget))
     return replace(job, **out)
 
@@ -85,7 +92,8 @@ def execute_job(
     "Do a job, or finish it."
     out, start = Path(out), time.perf_counter()
     teacher = _teacher(job, out, device)
-    source = make_source(job.source or MIXTURE, teacher.input_shape, root, teacher=teacher, n=job.n or IMAGES, seed=job.seed, show=show)
+    source = make_source(job.source or MIXTURE, teacher.input_shape, root, teacher=teacher, n=job.n or IMAGES,
+                         seed=job.seed, show=show)
     job = _settled(replace(job, source=source.text), teacher, source.size)
     claim(out, asdict(job))
     ts = _set(job, source, teacher, out, show)
@@ -117,13 +125,16 @@ def _set(
     show: bool,
 ) -> TransferSet:
     "The transfer set: read from its file where it is the same, else made and kept."
-    path, fields = out / "transfer.safetensors", ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed", "bfloat16")
-    wanted = dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint) | {k: getattr(job, k) for k in fields}
+    path, fields = out / "transfer.safetensors", ("limit", "empty", "seed", "smooth", "imbalance", "missing",
+                                                  "impressed", "bfloat16")
+    wanted = (dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint)
+              | {k: getattr(job, k) for k in fields})
     if path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("job", {}), wanted)
         return ts
-    return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path, note=dict(job=wanted))[0]
+    return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,
+                   note=dict(job=wanted))[0]
 
 
 def _taught(
@@ -136,7 +147,8 @@ def _taught(
     show: bool,
 ) -> Distilled:
     "The student, taught."
-    fields = ("epochs", "batch_size", "lr", "temperature", "loss", "views", "cached_views", "holdout", "seed", "bfloat16")
+    fields = ("epochs", "batch_size", "lr", "temperature", "loss", "views", "cached_views", "holdout", "seed",
+              "bfloat16")
     relabel = False if job.budget else job.relabel
     return distill(teacher, student, ts, **{k: getattr(job, k) for k in fields}, relabel=relabel, device=device,
                    checkpoint=out / "checkpoint.safetensors", show=show)
@@ -150,11 +162,17 @@ def _told(
     seconds: float,  # in all
 ) -> dict:
     "What there is to know of a finished job."
-    return dict(job=asdict(job), finished=now(), teacher=dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives, classes=list(teacher.classes),
-                shape=list(teacher.input_shape), parameters=None if teacher.module is None else count_parameters(teacher.module)),
-                student=dict(arch=job.student, parameters=count_parameters(taught.student)), agreement=taught.history[-1].get("agreement"),
-                queries=ts.info["report"]["queries"] + taught.queries, paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
-                set=diagnose(ts), report=ts.info["report"], updates=taught.updates, seconds=round(seconds, 2), history=thinned(taught.history),
+    return dict(job=asdict(job), finished=now(),
+                teacher=dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives,
+                             classes=list(teacher.classes),
+                shape=list(teacher.input_shape),
+                parameters=None if teacher.module is None else count_parameters(teacher.module)),
+                student=dict(arch=job.student, parameters=count_parameters(taught.student)),
+                agreement=taught.history[-1].get("agreement"),
+                queries=ts.info["report"]["queries"] + taught.queries,
+                paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
+                set=diagnose(ts), report=ts.info["report"], updates=taught.updates, seconds=round(seconds, 2),
+                history=thinned(taught.history),
                 versions=versions(), code=code_version(), machine=machine())
 
 
@@ -166,9 +184,12 @@ def _files(
     export: str | None,  # "onnx" or "pt2"
 ) -> None:
     "Write student, export and record."
-    card = dict(arch=record["student"]["arch"], shape=list(teacher.input_shape), classes=list(teacher.classes), job=record["job"])
+    card = dict(arch=record["student"]["arch"], shape=list(teacher.input_shape), classes=list(teacher.classes),
+                job=record["job"])
     save_student(out / "student.safetensors", taught.student.cpu(), card)
-    if export: record["export_differs"] = export_student(taught.student, out / f"student.{export}", teacher.input_shape, teacher.classes)
+    if export:
+        record["export_differs"] = export_student(taught.student, out / f"student.{export}", teacher.input_shape,
+                                                  teacher.classes)
     write_atomic(out / "job.json", json.dumps(record, indent=1) + "\n")
 
 
@@ -178,11 +199,16 @@ def evaluate_folder(
     teacher: Teacher,  # for names and shape, and to agree with, if it costs nothing
 ) -> dict:  # as `evaluate`
     "Accuracy on a labelled folder."
-    folders = {p.name: p for p in sorted(Path(path).expanduser().iterdir()) if p.is_dir()} if Path(path).expanduser().is_dir() else {}
-    if not folders: raise FileNotFoundError(f"{path} has no sub-folders; expected one for each class: {', '.join(teacher.classes[:5])} ...")
+    folders = ({p.name: p for p in sorted(Path(path).expanduser().iterdir()) if p.is_dir()}
+               if Path(path).expanduser().is_dir() else {})
+    if not folders:
+        raise FileNotFoundError(f"{path} has no sub-folders; expected one for each class: "
+                                f"{', '.join(teacher.classes[:5])} ...")
     if wrong := sorted(set(folders) - set(teacher.classes)):
-        raise ValueError(f"{path} has folders that are no classes: {', '.join(wrong[:5])}; the teacher's classes are {', '.join(teacher.classes[:10])} ...")
-    parts = [(fitted(load_folder(p, tuple(teacher.input_shape[1:])), teacher.input_shape), teacher.classes.index(name)) for name, p in folders.items()]
+        raise ValueError(f"{path} has folders that are no classes: {', '.join(wrong[:5])}; "
+                         f"the teacher's classes are {', '.join(teacher.classes[:10])} ...")
+    parts = [(fitted(load_folder(p, tuple(teacher.input_shape[1:])), teacher.input_shape), teacher.classes.index(name))
+             for name, p in folders.items()]
     labels = torch.cat([torch.full((len(x),), c, dtype=torch.int64) for x, c in parts])
     asked = None if hasattr(teacher, "box") else teacher                      # a question may have a price
     return evaluate(model, torch.cat([x for x, _ in parts]), labels, teacher=asked)

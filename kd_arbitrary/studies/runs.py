@@ -42,15 +42,18 @@ from ..teachers.training import same_run
 from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
 from ..transfer.push import check_smooth, usual_smooth
 from ..transfer.rivals import GENERATED, check_given
+from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
 from ..transfer.sets import TransferSet, diagnose, label
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-sizes
 VERSION = 1  # of run and record; part of every key
 N = 60_000  # images in a transfer set where nothing is said
 GIVEN = ("original", "labels")  # sources that are the target itself
-SIZES = Facts(TARGETS, "size")  # target -> (training images, shape, classes): what must be known before any file is read
+# target -> (training images, shape, classes): what must be known before any file is read
+SIZES = Facts(TARGETS, "size")
 OWN = Facts(TARGETS, "own")  # target -> natural sources of the same classes
-LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")  # fields that older records lack -> the neutral value
+# fields that older records lack -> the neutral value
+LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
 
 
 def without_neutral(
@@ -80,8 +83,10 @@ class Run(Lesson, Balancing):
     teacher_bn: str = option("running", "The teacher's batch-norm statistics: running, batch")
     student: str | None = option(None, "Network of the student", unsaid="the target's recipe")
     epochs: int | None = option(10, "Passes over the set; none where updates say how long")
-    updates: int | None = option(None, "Optimiser steps aimed at, whatever the size of the set", unsaid="epochs say how long")
-    init: str = option("random", "What students begin with: random weights, or as many of the teacher's as fit: random, teacher")
+    updates: int | None = option(None, "Optimiser steps aimed at, whatever the size of the set",
+                                 unsaid="epochs say how long")
+    init: str = option("random",
+                       "What students begin with: random weights, or as many of the teacher's as fit: random, teacher")
 
     def __post_init__(self):
         for name, value in _resolved(self).items(): object.__setattr__(self, name, value)
@@ -103,16 +108,21 @@ def _resolved(
     source = str(run.source).strip()
     out = dict(source=source, teacher=run.teacher or recipe["arch"], student=run.student or recipe["half"],
                relabel=run.views != "none" if run.relabel is None else bool(run.relabel),
-               lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout), imbalance=float(run.imbalance),
-               smooth=float(usual_smooth(shape) if run.smooth is None else run.smooth) if run.balance == "fill" else 0.0, impressed=float(run.impressed) if run.balance == "impress" else 1.0,
+               lr=float(run.lr), temperature=float(run.temperature), holdout=float(run.holdout),
+               imbalance=float(run.imbalance),
+               smooth=(0.0 if run.balance != "fill"
+                       else float(usual_smooth(shape) if run.smooth is None else run.smooth)),
+               impressed=float(run.impressed) if run.balance == "impress" else 1.0,
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
     if run.balance in STRATEGIES.where(as_drawn=True): out |= dict(limit=None, imbalance=1.0, missing=0)
     if out["relabel"] or run.views == "none": out["cached_views"] = 1
     if looped(source): return out | _resolved_loop(run, source)
     if source != "labels": return out
-    return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running", relabel=False, cached_views=1,
-                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
+    return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running",
+                      relabel=False, cached_views=1,
+                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0,
+                      init="random")
 
 
 def looped(
@@ -150,7 +160,8 @@ def _check_parts(
 ) -> None:
     "Refuse the target in disguise, and try what is computed with one image."
     for _, name, arguments, keywords in parse_source(text):
-        if name in (target, *OWN.get(target, ())): raise ValueError(f"{text!r} holds the target's own images; the source 'original' is for that")
+        if name in (target, *OWN.get(target, ())):
+            raise ValueError(f"{text!r} holds the target's own images; the source 'original' is for that")
         if name in GENERATED: _check_generated(name, arguments, keywords, target)
         if SOURCES.facts[name]["kind"] not in ("noise", "synthetic"): continue
         part = make_part(name, arguments, keywords, SIZES[target][1])
@@ -183,7 +194,8 @@ def _check(
         with torch.device("meta"): inherit(make_model(run.student, shape, k), make_model(run.teacher, shape, k))
     for name in ("epochs", "updates", "batch_size", "cached_views", "lr", "temperature"):
         value = getattr(run, name)
-        if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf): raise ValueError(f"{name} must be positive, got {value}")
+        if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf):
+            raise ValueError(f"{name} must be positive, got {value}")
     check_smooth(run.smooth, shape), check_impressed(run.impressed)
     if not 0 <= run.holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {run.holdout}")
     drawn = run.source
@@ -193,8 +205,10 @@ def _check(
     if drawn is None: return
     quotas(run.n, k, run.imbalance, run.missing, run.seed)
     if run.source not in GIVEN: check_source(drawn, run.target)
-    elif run.n > size: raise ValueError(f"{run.target} has {size:,} training images, n={run.n:,} were asked for; leave n out for all")
-    elif run.source == "labels" and run.n < size: raise ValueError(f"the source 'labels' takes all {size:,} images; leave n out")
+    elif run.n > size:
+        raise ValueError(f"{run.target} has {size:,} training images, n={run.n:,} were asked for; leave n out for all")
+    elif run.source == "labels" and run.n < size:
+        raise ValueError(f"the source 'labels' takes all {size:,} images; leave n out")
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-claim
 def claim(
@@ -205,7 +219,8 @@ def claim(
     path, config = Path(folder) / "run.json", json.loads(json.dumps(config))
     if not path.exists(): return write_atomic(path, json.dumps(config, indent=1) + "\n") and None
     try: theirs = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError): raise ValueError(f"{path} is damaged; delete the folder {folder} or name another") from None
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged; delete the folder {folder} or name another") from None
     same_run(path, without_neutral(theirs), without_neutral(config))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-original
@@ -242,8 +257,10 @@ def _transfer_set(
 ) -> TransferSet:
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
-    wanted = without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options) | dict(teacher=teacher.fingerprint)
-    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)): options["bfloat16"] = wanted["bfloat16"] = True
+    wanted = (without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options)
+              | dict(teacher=teacher.fingerprint))
+    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)):
+        options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
@@ -261,16 +278,21 @@ def _from_transfer(
     show: bool,  # progress bars
 ) -> dict:  # student, best, source, and parts of the record
     "Make the transfer set and teach the student with it."
-    if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
-    source = original(target) if run.source == "original" else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
+    if run.teacher_bn == "batch":
+        teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+    source = (original(target) if run.source == "original"
+              else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
     ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
-    fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed", "bfloat16")
-    taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)), device=device,
+    fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed",
+              "bfloat16")
+    taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)),
+                     device=device,
                      checkpoint=out and out / "checkpoint.safetensors", show=show)
     report = ts.info["report"]
-    data = dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces}) | (dict(making=ts.info["making"]) if "making" in ts.info else {})
+    data = (dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces})
+            | (dict(making=ts.info["making"]) if "making" in ts.info else {}))
     return dict(student=taught.student, best=taught.best, data=data,
                 results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
                                             gradients=report["gradients"], drawn=report["drawn"]), report=report,
@@ -299,11 +321,14 @@ def _from_labels(
     "Teach the student with the target's labels."
     start, spent = time.perf_counter(), time.process_time()
     fields = ("seed", "batch_size", "lr", "views", "bfloat16")
-    taught = train_teacher(target, run.student, root=root, device=device, show=show, epochs=passes(run, run.n), **{f: getattr(run, f) for f in fields})
+    taught = train_teacher(target, run.student, root=root, device=device, show=show, epochs=passes(run, run.n),
+                           **{f: getattr(run, f) for f in fields})
     scores = F.one_hot(target.train_labels, len(target.classes)).float()
     ts = TransferSet(target.train_images, scores, torch.zeros(len(scores), dtype=torch.uint8), dict(gives="labels"))
-    return dict(student=taught.module, best=None, data=dict(kind="original", parts=dict(labels="natural")), report=None, history=[],
-                results=diagnose(ts) | dict(updates=updates(run), queries=0, gradients=0, drawn=0), seconds=dict(transfer=0.0, distill=time.perf_counter() - start),
+    return dict(student=taught.module, best=None, data=dict(kind="original", parts=dict(labels="natural")), report=None,
+                history=[],
+                results=diagnose(ts) | dict(updates=updates(run), queries=0, gradients=0, drawn=0),
+                seconds=dict(transfer=0.0, distill=time.perf_counter() - start),
                 cpu=dict(transfer=0.0, distill=time.process_time() - spent))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-duel
@@ -377,7 +402,8 @@ def _measured(
             model = make_model(run.student, target.shape, len(target.classes)).to(device)
             model.load_state_dict(taught["best"])
             best = look(model)
-    return {k: last[k] for k in ("accuracy", "per_class", "agreement", "ece")} | dict(accuracy_best=best and best["accuracy"])
+    return ({k: last[k] for k in ("accuracy", "per_class", "agreement", "ece")}
+            | dict(accuracy_best=best and best["accuracy"]))
 
 
 def now() -> str:  # e.g. 2027-01-31T12:00:00.000+00:00
@@ -386,13 +412,15 @@ def now() -> str:  # e.g. 2027-01-31T12:00:00.000+00:00
 
 
 @lru_cache
-def code_version() -> dict:  # commit (40 hex digits) and clean (no tracked file of the library differs from it); both None outside a git checkout
+def code_version() -> dict:  # commit (40 hex digits), clean (the library is as committed); None outside a checkout
     "Which state of the library this process runs."
     home = Path(core.__file__).parent
-    git = lambda *words: subprocess.run(["git", "-C", home, *words], capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", "-C", home, *words], capture_output=True, text=True,
+                                        check=True).stdout.strip()
     try:
         ours = git("ls-files", "--error-unmatch", Path(core.__file__).name) != ""
-        return dict(commit=git("rev-parse", "HEAD"), clean=ours and not git("status", "--porcelain", "--untracked-files=no", "--", "."))
+        return dict(commit=git("rev-parse", "HEAD"),
+                    clean=ours and not git("status", "--porcelain", "--untracked-files=no", "--", "."))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, clean=None)
 
 
@@ -413,7 +441,8 @@ def execute(
     way = _from_labels if run.source == "labels" else _from_duel if looped(run.source) else _from_transfer
     taught = way(run, target, teacher, root, out, device, show)
     with clock("evaluate"): results = taught["results"] | _measured(run, taught, target, teacher, device)
-    card = dict(arch=run.student, shape=list(target.shape), classes=list(target.classes), run=asdict(run), test_accuracy=results["accuracy"])
+    card = dict(arch=run.student, shape=list(target.shape), classes=list(target.classes), run=asdict(run),
+                test_accuracy=results["accuracy"])
     if out: save_model(out / "student.safetensors", taught["student"], card)
     return _record(run, teacher, taught, results, clock.seconds | taught["seconds"], device)
 
@@ -427,8 +456,12 @@ def _record(
     device: str,  # where networks ran
 ) -> dict:
     "All that should be known of a finished run."
-    who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"], fingerprint=teacher.fingerprint,
-               origin="published" if teacher.card["published"] else "own", frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
-    return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"], teacher=who,
-                results=results, report=taught["report"], seconds=seconds, cpu=taught["cpu"], peak_memory_mb=peak_memory_mb(), versions=versions(),
+    who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"],
+               fingerprint=teacher.fingerprint,
+               origin="published" if teacher.card["published"] else "own",
+               frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
+    return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
+                teacher=who,
+                results=results, report=taught["report"], seconds=seconds, cpu=taught["cpu"],
+                peak_memory_mb=peak_memory_mb(), versions=versions(),
                 code=code_version(), machine=machine() | dict(device=device), history=taught["history"])

@@ -22,7 +22,8 @@ from .teacher import Teacher
 class _Tracer(fx.Tracer):
     "Reads a network's graph, the library's own layers as one step each."
 
-    def is_leaf_module(self, m, name): return isinstance(m, (Normalize, ConvPool, PairNorm)) or super().is_leaf_module(m, name)
+    def is_leaf_module(self, m, name):
+        return isinstance(m, (Normalize, ConvPool, PairNorm)) or super().is_leaf_module(m, name)
 
 
 def traced(
@@ -76,15 +77,17 @@ class _WideLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor: return super().forward(x.float())
 
 
-KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)  # layers with weights that go together in mixed formats
+# layers with weights that go together in mixed formats
+KNOWN = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
 
 def _narrow(
     net: fx.GraphModule,  # of `traced`; changed in place
-) -> bool:  # False, and nothing is changed, where a layer might not go along: one of another kind, or a first one that is not ours
+) -> bool:  # False, and nothing is changed, where a layer is of another kind or the first one is not ours
     "Convert weights to bfloat16, and let what lies between them stay there."
     own = [m for m in net.modules() if next(m.parameters(recurse=False), None) is not None]
-    if not all(isinstance(m, KNOWN) for m in own) or not any(isinstance(m, Normalize) for m in net.modules()): return False
+    if not all(isinstance(m, KNOWN) for m in own) or not any(isinstance(m, Normalize) for m in net.modules()):
+        return False
     head = next(n for n in net.graph.nodes if n.op == "output").args[0]
     for name, m in list(net.named_modules()):
         if isinstance(m, Normalize): _replace(net, name, _NormalizeTo())
@@ -147,8 +150,10 @@ def frozen(
     bfloat16: bool | None = None,  # as for `freeze`
 ) -> Teacher:  # with counters of its own, starting at zero
     "The teacher with its network frozen."
-    if teacher.module is None: raise ValueError("only a network can be frozen, and this teacher is a function; ask it as it is")
-    if teacher.bn == "batch": raise ValueError("a teacher with batch statistics depends on the whole batch; only bn='running' can be frozen")
+    if teacher.module is None:
+        raise ValueError("only a network can be frozen, and this teacher is a function; ask it as it is")
+    if teacher.bn == "batch":
+        raise ValueError("a teacher with batch statistics depends on the whole batch; only bn='running' can be frozen")
     out = copy.copy(teacher)
     out.__class__, out._original = _FrozenTeacher, teacher.fingerprint
     out.module = out._ask = freeze(teacher.module, bfloat16)

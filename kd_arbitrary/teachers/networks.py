@@ -52,7 +52,9 @@ class PairMax(torch.autograd.Function):
     def forward(ctx, y, dim):
         a, b = y.unbind(dim)
         ctx.dim = dim
-        if ctx.needs_input_grad[0]: ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a, memory_format=torch.contiguous_format)))  # 1. where a wins
+        # 1. where a wins
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a, memory_format=torch.contiguous_format)))
         return torch.maximum(a, b)
 
     @staticmethod
@@ -99,7 +101,8 @@ def _orders(
     shape: tuple[int, int, int],  # (C, H, W), H and W even
 ) -> tuple[Tensor, Tensor]:  # [C H W] int64 each
     "Where each pixel of the unshuffled image comes from, and the inverse."
-    with torch.inference_mode(False): there = F.pixel_unshuffle(torch.arange(math.prod(shape), device="cpu").view(shape), 2).flatten()
+    with torch.inference_mode(False):
+        there = F.pixel_unshuffle(torch.arange(math.prod(shape), device="cpu").view(shape), 2).flatten()
     return there, there.argsort()
 
 
@@ -255,7 +258,7 @@ class _NormedNarrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled(): return _Normed.backward(ctx, grad)      # somebody wants the gradient of the gradient
+        if torch.is_grad_enabled(): return _Normed.backward(ctx, grad)  # somebody wants the gradient of the gradient
         x, = ctx.saved_tensors
         grad, out, a = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x), ctx.a
         for block in _blocks(x):
@@ -270,7 +273,8 @@ class _NormedNarrow(torch.autograd.Function):
 class PairNorm(nn.Module):
     "What `nn.LocalResponseNorm(2)` gives, several times faster on a CPU."
 
-    def forward(self, x: Tensor) -> Tensor: return (_NormedNarrow if x.dtype == torch.bfloat16 else _Normed).apply(x, 5e-5)
+    def forward(self, x: Tensor) -> Tensor:
+        return (_NormedNarrow if x.dtype == torch.bfloat16 else _Normed).apply(x, 5e-5)
 
 # %% ../../nbs/teachers/01_networks.ipynb #models-alexnet
 def alexnet(
@@ -425,10 +429,12 @@ def inherit(
         w = have.get(name)
         if w is None or w.ndim != own.ndim or any(a < b for a, b in zip(w.shape, own.shape)):
             raise ValueError(f"the student's {name} {list(own.shape)} has nothing to inherit from: the teacher has "
-                             f"{'no such weights' if w is None else list(w.shape)}; take a teacher of the same kind, at least as wide and as deep")
+                             f"{'no such weights' if w is None else list(w.shape)}; "
+                             "take a teacher of the same kind, at least as wide and as deep")
         flattened = own.ndim == 2 and w.shape[1] != channels[0]
         for dim, (many, few) in enumerate(zip(w.shape, own.shape)):
-            block = many // channels[0] if flattened and dim == 1 and many % channels[0] == 0 and few == many // channels[0] * channels[1] else 1
+            block = (many // channels[0] if flattened and dim == 1 and many % channels[0] == 0
+                     and few == many // channels[0] * channels[1] else 1)
             if many != few: w = w.index_select(dim, _spread(many, few, block).to(w.device))
         if own.ndim >= 2: channels = (have[name].shape[0], own.shape[0])
         out[name] = w

@@ -119,7 +119,8 @@ def cifar100(
     return _target("cifar100", labelled("cifar100", root, download))
 
 # %% ../../nbs/teachers/03_targets.ipynb #targets-halves
-HALVES = dict(kmnist_half="kmnist_test10k.npz", notmnist_half="notmnist_10k.npz")  # target -> its file below the data root
+# target -> its file below the data root
+HALVES = dict(kmnist_half="kmnist_test10k.npz", notmnist_half="notmnist_10k.npz")
 _SMALL = dict(size=(5_000, (1, 28, 28), 10),
               recipe=dict(arch="lenet5", half="lenet5_half", epochs=60, batch_size=64, lr=3e-3, views="affine"))
 

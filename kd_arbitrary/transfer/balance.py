@@ -52,7 +52,8 @@ class FillReport:
         "Images asked for, per class; with `none` and `reweight`, those that came."
         return tuple(map(sum, zip(self.accepted, self.perturbed, self.repeated, self.missing)))
 
-    def to_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(self) | dict(quota=self.quota)).items()}
+    def to_dict(self) -> dict:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in (asdict(self) | dict(quota=self.quota)).items()}
 
     @classmethod
     def from_dict(
@@ -68,9 +69,11 @@ class FillReport:
         return t
 
     def _repr_markdown_(self):
-        rows = [f"| {name} | " + " | ".join(f"{v:,}" for v in row) + " |" for name, row in zip(self.table().index, self.table().values)]
+        rows = [f"| {name} | " + " | ".join(f"{v:,}" for v in row) + " |"
+                for name, row in zip(self.table().index, self.table().values)]
         head = f"`{self.strategy}`: {self.drawn:,} drawn, {self.queries:,} queries, {self.seconds:.1f} s\n\n"
-        return head + "| class | seen | accepted | perturbed | repeated | missing |\n|---|---|---|---|---|---|\n" + "\n".join(rows)
+        return (head + "| class | seen | accepted | perturbed | repeated | missing |\n|---|---|---|---|---|---|\n"
+                + "\n".join(rows))
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-quotas
 def quotas(
@@ -82,8 +85,9 @@ def quotas(
 ) -> Tensor:  # [k] int64, sums to n
     "How many images each class should get; where all are alike, entries differ by at most one."
     if not 1 <= imbalance < math.inf: raise ValueError(f"imbalance must be a ratio of 1 or more, got {imbalance}")
-    if not 0 <= missing <= max(0, k - 2): raise ValueError(f"missing must be between 0 and {max(0, k - 2)} of {k} classes, got {missing}")
-    there = torch.randperm(k, generator=generator(seed, "rare"))[: k - missing]            # from the most frequent to the rarest
+    if not 0 <= missing <= max(0, k - 2):
+        raise ValueError(f"missing must be between 0 and {max(0, k - 2)} of {k} classes, got {missing}")
+    there = torch.randperm(k, generator=generator(seed, "rare"))[: k - missing]  # from the most frequent to the rarest
     share = torch.zeros(k, dtype=torch.float64)
     share[there] = imbalance ** (-torch.arange(k - missing, dtype=torch.float64) / max(1, k - missing - 1))
     exact = n * share / share.sum()
@@ -91,7 +95,8 @@ def quotas(
     out[(exact - out).argsort(descending=True, stable=True)[: n - int(out.sum())]] += 1
     if (out[there] < 1).any():
         at = f" at an imbalance of {imbalance:g}" if imbalance > 1 else ""
-        raise ValueError(f"n={n} images cannot cover {k - missing} classes{at}; ask for at least {math.ceil(share.sum() / share[there].min())}")
+        raise ValueError(f"n={n} images cannot cover {k - missing} classes{at}; "
+                         f"ask for at least {math.ceil(share.sum() / share[there].min())}")
     return out
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-take
@@ -105,8 +110,10 @@ def take(
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-draw
 class _Pool:
-    "Room for images, scores and origins that come block by block: in memory, or in nameless files that vanish with the process."
-    def __init__(self, size: int, folder: Path | None = None): self.size, self.folder, self.used, self.data = size, folder, 0, None
+    """Room for images, scores and origins that come block by block: in memory, or in nameless
+    files that vanish with the process."""
+    def __init__(self, size: int, folder: Path | None = None):
+        self.size, self.folder, self.used, self.data = size, folder, 0, None
 
     def __len__(self): return self.used
 
@@ -123,7 +130,8 @@ def _room(
     dtype: torch.dtype,  # of its values
     folder: Path | None,  # for a file with the values; None: in memory
 ) -> Tensor:
-    "An empty tensor; one in a file has its place on the disk reserved, so that a full disk is an error here and not a crash later."
+    """An empty tensor; one in a file has its place on the disk reserved, so that a full disk is an
+    error here and not a crash later."""
     if folder is None: return torch.empty(shape, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     size = max(1, math.prod(shape) * dtype.itemsize)
@@ -147,7 +155,8 @@ def _draw(
     "The images taken, the surplus kept, and how often each class was seen."
     kept, spare, seen, room = _Pool(n, folder), _Pool(surplus, folder), torch.zeros_like(room), room.clone()
     bar = progress(None, "drawing", n, show)
-    block = min(DRAWN, limit) if source.made() else DRAWN       # generated images are no more than are wanted: a block holds its share of them
+    # generated images are no more than are wanted: a block holds its share of them
+    block = min(DRAWN, limit) if source.made() else DRAWN
     for images, origin in source.stream(seed, block):
         images, origin = images[: limit - int(seen.sum())], origin[: limit - int(seen.sum())]
         scores = teacher(images)
@@ -181,7 +190,8 @@ def _fill(
     own = (kept if len(kept) else spare).rows()[1].topk(2, 1).values
     if teacher.gives == "probabilities": own = own.clamp_min(1e-12).log()
     gaps = (own[:, 0] - own[:, 1]).clamp_min(1e-3)
-    made = torch.zeros(len(pool), len(short), dtype=torch.bool)             # which picture was sent where: no second time, that would be a copy
+    # which picture was sent where: no second time, that would be a copy
+    made = torch.zeros(len(pool), len(short), dtype=torch.bool)
     bar = progress(None, "filling", int(short.sum()), show)
     for attempt in range(rounds):
         g = generator(seed, "fill", attempt)
@@ -190,7 +200,8 @@ def _fill(
         start = torch.randperm(max(len(goals), len(pool)), generator=g)[: len(goals)] % len(pool)
         gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
         for i, to, d in zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED)):
-            images = (impress(pool[i], to, teacher, seed=int(torch.randint(2**31, (), generator=g)), bfloat16=bfloat16) if lasting
+            images = (impress(pool[i], to, teacher, seed=int(torch.randint(2**31, (), generator=g)), bfloat16=bfloat16)
+                      if lasting
                       else push(pool[i], to, d, teacher, smooth=smooth if attempt < 2 else 0.0, bfloat16=bfloat16))
             scores = teacher(images)
             right = (scores.argmax(1) == to) & ~made[i, to]
@@ -209,14 +220,17 @@ class Balancing:
     limit: int | None = option(None, "Images drawn at the most", unsaid="n for fill and impress, else four times n")
     empty: str = option("refuse", "When a class gets no image: refuse, keep")
     seed: int = option(0, "Of images, student, order and views")
-    smooth: float | None = option(None, "Blur of the gradient in fill, in pixels; 0: none", unsaid="a fourteenth of the side")
+    smooth: float | None = option(None, "Blur of the gradient in fill, in pixels; 0: none",
+                                  unsaid="a fourteenth of the side")
     imbalance: float = option(1.0, "Wanted share of the most frequent class over that of the rarest, 1 or more")
     missing: int = option(0, "Classes that get no image, 0 to K - 2")
     impressed: float = option(1.0, "Share of each class that impress makes, above 0 up to 1")
     bfloat16: bool = option(False, "Compute in bfloat16: faster for the networks of CIFAR, slower for LeNet")
 
 
-STRATEGIES = Registry("balance strategy")  # functions that complete a `_Work`; the facts `nudges` (changes images, by the teacher's gradients) and `as_drawn` (takes what is drawn)
+# functions that complete a `_Work`; the facts `nudges` (changes images, by the teacher's gradients) and
+# `as_drawn` (takes what is drawn)
+STRATEGIES = Registry("balance strategy")
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-work
 @dataclass
@@ -251,7 +265,8 @@ def _drawn(
     limit = n if asis else how.limit or (1 if nudges else 4) * n
     made = how.impressed if known.get("lasting") else 0.0
     room = torch.full_like(work.want, n) if asis else work.want - (work.want * made).round().long()
-    work.kept, work.spare, work.seen = _draw(work.source, work.teacher, room, n, limit, n if nudges else 0, how.seed, work.show, work.folder)
+    work.kept, work.spare, work.seen = _draw(work.source, work.teacher, room, n, limit, n if nudges else 0, how.seed,
+                                             work.show, work.folder)
     work.accepted = torch.bincount(work.kept.rows()[1].argmax(1), minlength=len(work.want))
     work.perturbed = work.repeated = torch.zeros_like(work.want)
     work.short = torch.zeros_like(work.want) if asis else work.want - work.accepted
@@ -266,7 +281,8 @@ def _nudged(
     how = work.settings
     smooth = usual_smooth(work.source.shape) if how.smooth is None else how.smooth
     if how.bfloat16: work.teacher.module.to(memory_format=torch.channels_last)
-    left = _fill(work.kept, work.spare, work.short, work.teacher, how.seed, work.show, smooth=smooth, lasting=lasting, bfloat16=how.bfloat16)
+    left = _fill(work.kept, work.spare, work.short, work.teacher, how.seed, work.show, smooth=smooth, lasting=lasting,
+                 bfloat16=how.bfloat16)
     work.perturbed, work.short = work.short - left, left
 
 
@@ -317,7 +333,9 @@ def _repeats(
     out = [torch.empty(0, dtype=torch.int64)]
     for c, m in enumerate(short.tolist()):
         own = (predicted == c).nonzero()[:, 0]
-        if m and len(own): out.append(own[torch.randperm(len(own), generator=generator(seed, "repeat", c))].repeat(-(-m // len(own)))[:m])
+        if m and len(own):
+            out.append(own[torch.randperm(len(own),
+                                          generator=generator(seed, "repeat", c))].repeat(-(-m // len(own)))[:m])
     return torch.cat(out)
 
 
@@ -358,7 +376,8 @@ def memory_needed(
         kept, wide = footprint(student, teacher.input_shape)
         weights = sum(t.numel() * t.element_size() for t in student.state_dict().values())
         step, look = batch_size * (4 * floats + 1.5 * kept + 2 * largest), ASKED * (floats + 2 * wide)
-        out["distill"] = int(n * (cached_views * row + 40) + max(step, look, ask + 4 * ASKED * floats if cached_views else 0) + 9 * weights)
+        out["distill"] = int(n * (cached_views * row + 40)
+                             + max(step, look, ask + 4 * ASKED * floats if cached_views else 0) + 9 * weights)
     return out
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-refuse
@@ -366,7 +385,9 @@ def check_impressed(
     impressed: float,  # as given
 ) -> None:
     "Refuse a share of impressions that is none."
-    if not 0 < impressed <= 1: raise ValueError(f"impressed must be a share in (0, 1], got {impressed}; for no impressions take strategy='fill'")
+    if not 0 < impressed <= 1:
+        raise ValueError(f"impressed must be a share in (0, 1], got {impressed}; "
+                         "for no impressions take strategy='fill'")
 
 
 def _refuse(
@@ -374,15 +395,19 @@ def _refuse(
 ) -> None:
     "Refuse what cannot be done, before anything is drawn."
     source, teacher, n, known, how = work.source, work.teacher, work.n, STRATEGIES.facts[work.strategy], work.settings
-    if how.empty not in ("refuse", "keep"): raise ValueError(f"unknown empty={how.empty!r}; expected 'refuse' or 'keep'")
+    if how.empty not in ("refuse", "keep"):
+        raise ValueError(f"unknown empty={how.empty!r}; expected 'refuse' or 'keep'")
     check_impressed(how.impressed)
     if known.get("nudges") and not teacher.whitebox:
-        raise ValueError(f"strategy {work.strategy!r} needs gradients and this teacher is a black box; use 'quota', 'repeat' or 'reweight'")
+        raise ValueError(f"strategy {work.strategy!r} needs gradients and this teacher is a black box; "
+                         "use 'quota', 'repeat' or 'reweight'")
     if tuple(source.shape) != teacher.input_shape:
-        raise ValueError(f"the source draws {tuple(source.shape)}, the teacher takes {teacher.input_shape}; make the source with the teacher's shape")
+        raise ValueError(f"the source draws {tuple(source.shape)}, the teacher takes {teacher.input_shape}; "
+                         "make the source with the teacher's shape")
     if not known.get("as_drawn"): return
     if how.imbalance != 1 or how.missing:
-        raise ValueError(f"strategy {work.strategy!r} takes what is drawn; imbalance and missing need one of the other strategies")
+        raise ValueError(f"strategy {work.strategy!r} takes what is drawn; "
+                         "imbalance and missing need one of the other strategies")
     if source.size is not None and source.size < n:
         raise ValueError(f"{source.text} has {source.size:,} images, n={n:,} were asked for; "
                          "lower n, mix it with an endless source, or use 'repeat' or 'fill'")
@@ -398,7 +423,8 @@ def balance(
     settings: Balancing,  # its fields are keyword arguments of this function
     show: bool = True,  # progress bars
     note: dict | None = None,  # what else its `info` should say
-    path: str | Path | None = None,  # file the set goes to as it is made, for sets larger than the memory; None: in memory
+    # file the set goes to as it is made, for sets larger than the memory; None: in memory
+    path: str | Path | None = None,
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
     complete = STRATEGIES.pick(strategy)
@@ -423,7 +449,8 @@ def _room_enough(
     "Refuse a set that does not fit into the memory."
     itemsize = max(p.dtype.itemsize for p in work.source.pieces)
     needed = memory_needed(work.n, work.teacher, strategy=work.strategy, itemsize=itemsize, mapped=mapped)
-    need_memory(needed["balance"], f"a set of {work.n:,} images {tuple(work.source.shape)}", "lower n, or give `path` to write the set to a file as it is made")
+    need_memory(needed["balance"], f"a set of {work.n:,} images {tuple(work.source.shape)}",
+                "lower n, or give `path` to write the set to a file as it is made")
     keep_freed()
 
 
@@ -436,9 +463,10 @@ def _report(
 ) -> FillReport:
     "What it took, class by class; what generated images cost is part of it."
     ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0, cpu=0.0) | work.making
-    return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries + made["queries"], seconds + made["seconds"],
-                      ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short), gradients + made["gradients"],
-                      cpu + made["cpu"])
+    return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries + made["queries"],
+                      seconds + made["seconds"],
+                      ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short),
+                      gradients + made["gradients"], cpu + made["cpu"])
 
 
 def _finished(
@@ -453,7 +481,8 @@ def _finished(
         order = torch.arange(len(work.kept)) if order is None else order
         order = order[torch.randperm(len(order), generator=generator(work.settings.seed, "shuffle"))]
     work.spare = None
-    info = dict(source=work.source.text, parts=list(work.source.parts), seed=work.settings.seed, strategy=work.strategy, report=report.to_dict()) | note
+    info = (dict(source=work.source.text, parts=list(work.source.parts), seed=work.settings.seed,
+                 strategy=work.strategy, report=report.to_dict()) | note)
     if work.making: info["making"] = work.making
     ts = make_set(*work.kept.rows(), work.teacher, work.weights, **info)
     if path: return TransferSet.load(ts.save(path, order))
@@ -467,7 +496,9 @@ def _empty_classes(
     lacking = (work.accepted + work.perturbed == 0) & (work.want > 0)
     if work.strategy == "none" or not lacking.any(): return
     names = ", ".join(repr(work.teacher.classes[c]) for c in lacking.nonzero()[:, 0])
-    remedy = "another source" if STRATEGIES.facts[work.strategy].get("nudges") else "strategy='fill', another source, or a greater limit"
-    message = f"class {names} got no image: the teacher never saw it in {int(work.seen.sum()):,} images of {work.source.text}; try {remedy}"
+    remedy = ("another source" if STRATEGIES.facts[work.strategy].get("nudges")
+              else "strategy='fill', another source, or a greater limit")
+    message = (f"class {names} got no image: the teacher never saw it in {int(work.seen.sum()):,} images of "
+               f"{work.source.text}; try {remedy}")
     if work.settings.empty == "refuse": raise ValueError(message + ", or pass empty='keep' to go on without it")
     warnings.warn(message, stacklevel=4)
