@@ -112,7 +112,8 @@ def comparison(
 ) -> dict[str, Run]:  # folder name to run
     "The runs that stand in one table: as drawn, balanced, and with the original data."
     if run.source in GIVEN: return {run.source: run}
-    if looped(run.source): return dict(adversarial=run, original=replace(run, source="original", balance="none", n=None, updates=run.updates))
+    if looped(run.source): return dict(adversarial=run, original=replace(run, source="original", balance="none",
+            n=None, updates=run.updates))
     plain = replace(run, balance="none")
     bound = replace(plain, source="original", n=None, epochs=_as_long(run.epochs * run.n, run.target))
     return dict(unbalanced=plain) | (dict(balanced=run) if run.balance != "none" else {}) | dict(original=bound)
@@ -142,7 +143,8 @@ def compare(
     with lock:
         for name, run in runs.items():
             if find_record(out / name, run) is None:
-                if show: _say(f"{name}: {run.student} from {f'{run.n:,} images of ' if run.n else ''}{run.source}, {updates(run):,} steps")
+                many = f"{run.n:,} images of " if run.n else ""
+                if show: _say(f"{name}: {run.student} from {many}{run.source}, {updates(run):,} steps")
                 write_record(out / name, execute(run, root=root, out=out / name, device=device, show=show))
             records[name] = find_record(out / name, run)
         _draw_summary(records, out)

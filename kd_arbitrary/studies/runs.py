@@ -138,7 +138,8 @@ def _resolved_loop(
 ) -> dict:  # fields to set
     "What plays no part where images and student are made together; what epochs of how many images would be in steps."
     alone, n = split_source(source)[2] is None, run.n or N
-    out = dict(relabel=run.views != "none", cached_views=1, holdout=0.0, epochs=None, updates=(run.epochs or 10) * max(1, n // run.batch_size) if run.updates is None else run.updates)
+    out = dict(relabel=run.views != "none", cached_views=1, holdout=0.0, epochs=None,
+               updates=(run.epochs or 10) * max(1, n // run.batch_size) if run.updates is None else run.updates)
     if not alone: return out
     return out | dict(n=0, balance="none", limit=None, empty="refuse", smooth=0.0, imbalance=1.0, missing=0, impressed=1.0)
 
@@ -296,7 +297,8 @@ def _from_transfer(
     return dict(student=taught.student, best=taught.best, data=data,
                 results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
                                             gradients=report["gradients"], drawn=report["drawn"]), report=report,
-                seconds=dict(transfer=report["seconds"], distill=taught.seconds), cpu=dict(transfer=report.get("cpu", 0.0), distill=taught.cpu),
+                seconds=dict(transfer=report["seconds"], distill=taught.seconds), cpu=dict(transfer=report.get("cpu",
+                        0.0), distill=taught.cpu),
                 history=thinned(taught.history))
 
 
@@ -352,15 +354,19 @@ def _from_duel(
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
     fields = ("updates", "batch_size", "lr", "temperature", "loss", "views", "seed", "bfloat16")
-    taught = adversarial(teacher, student, method, **{f: getattr(run, f) for f in fields}, beside=beside, share=share, device=device,
+    taught = adversarial(teacher, student, method, **{f: getattr(run, f) for f in fields}, beside=beside,
+                         share=share, device=device,
                          checkpoint=out and out / "checkpoint.safetensors", show=show)
     report = beside.info["report"] if beside else None
     spent = report or dict(queries=0, gradients=0, drawn=0, seconds=0.0, cpu=0.0)
     parts = {method: "generated"} | ({p.text: p.kind for p in source.pieces} if source else {})
-    return dict(student=taught.student, best=None, data=dict(kind="generated", parts=parts), report=report, history=thinned(taught.history),
-                results=diagnose(label(imagine(taught.generator, LOOKED_AT, run.seed), teacher, method)) | dict(updates=taught.updates, queries=spent["queries"] + taught.queries,
+    return dict(student=taught.student, best=None, data=dict(kind="generated", parts=parts), report=report,
+                history=thinned(taught.history),
+                results=diagnose(label(imagine(taught.generator, LOOKED_AT, run.seed), teacher,
+                                       method)) | dict(updates=taught.updates, queries=spent["queries"] + taught.queries,
                         gradients=spent["gradients"] + taught.gradients, drawn=spent["drawn"]),
-                seconds=dict(transfer=spent["seconds"], distill=taught.seconds), cpu=dict(transfer=spent.get("cpu", 0.0), distill=taught.cpu))
+                seconds=dict(transfer=spent["seconds"], distill=taught.seconds), cpu=dict(transfer=spent.get("cpu",
+                        0.0), distill=taught.cpu))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-passes
 def steps(

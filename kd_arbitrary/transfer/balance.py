@@ -438,7 +438,8 @@ def balance(
         _drawn(work)
         complete(work)
     _empty_classes(work)
-    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped, time.process_time() - spent)
+    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped,
+                     time.process_time() - spent)
     return _finished(work, report, note or {}, path), report
 
 
