@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
            'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY',
-           'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results',
-           'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict',
-           'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance',
-           'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
-           'photos_views', 'rivals_check', 'select', 'step_flops', 'probe', 'estimate']
+           'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING', 'DRAWN_THERE', 'TRIED', 'PROBED', 'ALIKE',
+           'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
+           'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
+           'photographs', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'select', 'step_flops',
+           'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -338,6 +339,34 @@ def rivals_check() -> list[Run]:
     zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
     ways = "zskd(steps=150,lr=0.01)", "zskd(steps=500)"
     return [Run(target="mnist", source=s, views=v, **zskd) for s in ways for v in ("none", "affine")]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-race-trials
+RACING = dict(batch_size=64, balance="none", views="none", bfloat16=True)  # of everybody, unless said otherwise
+DRAWN_THERE = "strokes+glyphs+pyramid"  # the arbitrary images of the race, as in `DEVELOPED`
+# contestant -> three settings that were tried; published temperatures, and rates that small budgets allow
+TRIED = dict(
+    dafl=[dict(source=s, temperature=1, lr=5e-3, updates=u) for s, u in
+          (("dafl(width=16,rate=0.01)", 500), ("dafl(width=16,rate=0.001)", 500), ("dafl(width=8,rate=0.01)", 650))],
+    zskt=[dict(source=s, temperature=1, lr=5e-3, updates=u) for s, u in
+          (("zskt(width=16)", 1_700), ("zskt(width=16,rate=0.005)", 1_700), ("zskt(width=16,taught=5)", 1_050))],
+    fast=[dict(source=s, temperature=20, lr=5e-3, updates=u) for s, u in
+          (("fast(width=16,taught=50)", 1_750), ("fast(width=16,taught=25,rate=0.01)", 1_300),
+           ("fast(width=8,taught=50,rate=0.01)", 2_100))],
+    zskd=[dict(source=s, temperature=20, n=n, updates=1_500) for s, n in
+          (("zskd(steps=150,lr=0.01)", 600), ("zskd(steps=50,lr=0.05)", 1_800), ("zskd(steps=25,lr=0.1)", 3_600))],
+    arbitrary=[dict(source=DRAWN_THERE, balance="repeat", lr=1e-2, **way) for way in
+               (dict(n=10_000, updates=1_700), dict(n=10_000, updates=1_000, views="affine+mixup"),
+                dict(n=10_000, updates=1_000, views="affine+cutmix"))],
+    impressed=[dict(source=DRAWN_THERE, balance="impress", impressed=1 / 3, lr=1e-2, **way) for way in
+               (dict(n=1_500, updates=1_300), dict(n=1_500, updates=750, views="affine+mixup"),
+                dict(n=1_500, updates=750, views="affine+cutmix"))],
+)
+
+
+@grid
+def race_trials() -> list[Run]:
+    """The digits, a third of a core-minute each: three settings for each contestant of the race."""
+    return [Run(target="digits", **RACING | trial) for trials in zip(*TRIED.values()) for trial in trials]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(
