@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
            'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY',
-           'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING', 'DRAWN_THERE', 'TRIED', 'PROBED', 'ALIKE',
-           'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
-           'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
-           'photographs', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full',
-           'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'select', 'step_flops',
-           'probe', 'estimate']
+           'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING', 'DRAWN_THERE', 'TRIED', 'MINUTES', 'RACERS',
+           'PACE', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed',
+           'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps',
+           'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance', 'sizes', 'one_factor',
+           'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_views',
+           'rivals_check', 'race_trials', 'race_run', 'race', 'race_combinations', 'select', 'step_flops', 'probe',
+           'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -367,6 +368,54 @@ TRIED = dict(
 def race_trials() -> list[Run]:
     """The digits, a third of a core-minute each: three settings for each contestant of the race."""
     return [Run(target="digits", **RACING | trial) for trials in zip(*TRIED.values()) for trial in trials]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-race
+MINUTES = (1, 3, 10, 30, 60)  # core-minutes of a run, image making included
+# contestant -> its settings: for each, the best of its three trials by the digits' accuracy (`race_trials`)
+RACERS = dict(
+    dafl=TRIED["dafl"][0], zskt=TRIED["zskt"][0], fast=TRIED["fast"][0], zskd=TRIED["zskd"][1],
+    drawn=TRIED["arbitrary"][0] | dict(balance="none"), repeat=TRIED["arbitrary"][0],
+    fill=TRIED["arbitrary"][0] | dict(balance="fill"), impressed=TRIED["impressed"][0])
+# contestant -> (share of the time for making images, core-milliseconds an image, core-milliseconds a student step), from
+# the records of `race_trials` and of `race_pace`; on another machine a budget is another number of seconds, and the records say which
+PACE = dict(
+    dafl=(0.0, 0.0, 40.0), zskt=(0.0, 0.0, 12.0), fast=(0.0, 0.0, 11.5), zskd=(0.7, 25.0, 7.0),
+    drawn=(0.2, 0.4, 7.0), repeat=(0.2, 0.8, 7.0), fill=(0.2, 1.0, 7.0), impressed=(0.4, 4.0, 7.0))
+
+
+def race_run(
+    contestant: str,  # a name of `RACERS`
+    target: str,  # mnist or fmnist
+    minutes: float,  # core-minutes
+    seed: int,  # of teacher and student
+) -> Run:
+    "A contestant with as many images and steps as a budget holds."
+    (share, image, step), how = PACE[contestant], RACERS[contestant]
+    long = dict(updates=round(60_000 * minutes * (1 - share) / step))
+    if share: long["n"] = round(60_000 * minutes * share / image)
+    return Run(target=target, seed=seed, teacher_seed=seed, empty="keep", **RACING | how | long)
+
+
+@grid
+def race() -> list[Run]:
+    """MNIST and Fashion-MNIST, three teachers, random initial weights: four rivals, and arbitrary sets as drawn, repeated,
+    filled, impressed, at 1 to 60 core-minutes."""
+    return [race_run(c, t, m, seed) for m in MINUTES for seed in range(3) for t in NEAR for c in RACERS]
+
+
+@grid
+def race_combinations() -> list[Run]:
+    """MNIST and Fashion-MNIST, three teachers, a core-minute: half arbitrary and half adversarial; DAFL with and without its
+    balance term, and images of its generator as a set, as drawn and repeated."""
+    short, bare = dict(RACERS["dafl"], updates=race_run("dafl", "mnist", 1, 0).updates), RACERS["dafl"]["source"].rstrip(")")
+    halves = [dict(RACERS[c], source=f"0.5*{RACERS[c]['source']}+0.5*({DRAWN_THERE})", balance="repeat", n=5_000,
+                   updates=race_run(c, "mnist", 1, 0).updates) for c in ("dafl", "zskt", "fast")]
+    made = bare.replace("dafl(", "dafl_images(batch=64,steps=400,")
+    sets = [dict(source=f"{made},even={e})", balance=b, n=10_000, updates=2_000, temperature=1, lr=5e-3)
+            for e in (5.0, 0.0) for b in ("none", "repeat")]
+    ways = [*halves, short | dict(source=f"{bare},even=0.0)"), *sets]
+    return [Run(target=t, seed=seed, teacher_seed=seed, empty="keep", **RACING | way)
+            for seed in range(3) for t in NEAR for way in ways]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(
