@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'LABELS', 'distill_app', 'Device', 'Quiet', 'Debug', 'Version', 'NAMES', 'Plugin', 'Root',
-           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app', 'exit_with', 'settings',
-           'comparison', 'default_out', 'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table', 'len_of',
-           'distil_own', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
-           'grid_table', 'kd_diagnose', 'distill_main', 'diagnose_main', 'experiment_main']
+           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app', 'report_app', 'exit_with',
+           'settings', 'comparison', 'default_out', 'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table',
+           'len_of', 'distil_own', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
+           'grid_table', 'kd_diagnose', 'kd_report', 'report_main', 'distill_main', 'diagnose_main', 'experiment_main']
 
 # %% ../nbs/01_cli.ipynb #cli-imports
 import io
@@ -37,6 +37,7 @@ from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .studies.own import Job, execute_job
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
+from .studies.report import find_runs, report_data, write_report
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
@@ -139,15 +140,17 @@ def compare(
     try: lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
-    records = {}
+    records, page = {}, out / "report.html"
     with lock:
         for name, run in runs.items():
             if find_record(out / name, run) is None:
                 many = f"{run.n:,} images of " if run.n else ""
                 if show: _say(f"{name}: {run.student} from {many}{run.source}, {updates(run):,} steps")
                 write_record(out / name, execute(run, root=root, out=out / name, device=device, show=show))
+                page.unlink(missing_ok=True)
             records[name] = find_record(out / name, run)
         _draw_summary(records, out)
+        if not page.exists(): write_report(out)
     return records
 
 
@@ -302,8 +305,11 @@ def _numbers(text: str | None, kind: type, what: str) -> tuple | None:
 
 
 def _names(text: str | None) -> tuple[str, ...] | int | None:
-    "Names with commas between them, a file with a name on each line, or how many."
+    "Names with commas between them, a JSON list of them, a file with a name on each line, or how many."
     if text is None or text.isdigit(): return text and int(text)
+    if text.startswith("["):
+        try: return tuple(map(str, json.loads(text)))
+        except ValueError as e: raise ValueError(f"--classes is no JSON list of names: {e}") from None
     if Path(text).is_file(): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     return tuple(t.strip() for t in text.split(","))
 
@@ -365,7 +371,9 @@ def distil_own(
     try: lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
-    with lock: record = execute_job(job, out, **options)
+    with lock:
+        record = execute_job(job, out, **options)
+        write_report(out)
     files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
     typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json
                else f"{job_table(record)}\n\n{listing(files)}")
@@ -711,6 +719,32 @@ def kd_diagnose(
         found = diagnose(make_source(source or MIXTURE, who.input_shape, root, teacher=who, n=sample, seed=seed), who,
                          n, sample, seed)
         typer.echo(json.dumps(asdict(found)) if as_json else str(found))
+
+
+report_app = _app()
+
+
+@report_app.command("kd_report", cls=_Listing)
+def kd_report(
+    run: Annotated[Path, typer.Argument(
+        help="The folder of a run (the --out of kd_distill), of one student in it, or a record of a grid.")],
+    out: Annotated[Path | None, _unsaid("Where the page goes", "report.html in that folder")] = None,
+    as_json: Annotated[bool, typer.Option(
+        "--json", help="Print what the report says as one JSON object, and write nothing.")] = False,
+    debug: Debug = False,
+    version: Version = False,
+):
+    """Write the report of a finished run: one HTML page that needs no network.
+
+    It shows what went in, classes before and after, images, agreement, cost, and the command that repeats it.
+    """
+    with exit_with(2, debug): find_runs(run)
+    with exit_with(1, debug): typer.echo(json.dumps(report_data(run)) if as_json else str(write_report(run, out)))
+
+
+def report_main() -> None:
+    "The command `kd_report`."
+    report_app(prog_name="kd_report")
 
 
 def distill_main() -> None:

@@ -19,10 +19,10 @@ from ..core import option, write_atomic
 from ..pictures.natural import load_folder
 from ..pictures.sources import fitted, make_source
 from ..students.distill import Distilled, Lesson, distill
-from ..students.evaluate import evaluate, machine, versions
+from ..students.evaluate import evaluate, machine, peak_memory_mb, versions
 from ..students.export import export_student, make_student, save_student
 from .grids import MIXTURE
-from .runs import claim, code_version, now, thinned
+from .runs import Record, claim, code_version, now, thinned
 from ..teachers.adapters import load_teacher
 from ..teachers.black_box import behind_ledger
 from ..teachers.networks import count_parameters
@@ -88,7 +88,7 @@ def execute_job(
     export: str | None = None,  # also write the student as "onnx" or "pt2"
     test: str | Path | None = None,  # a folder with one sub-folder of pictures for each class
     show: bool = True,  # progress bars
-) -> dict:  # what came out: also in `job.json` of the folder
+) -> Record:  # what came out: also in `job.json` of the folder
     "Do a job, or finish it."
     out, start = Path(out), time.perf_counter()
     teacher = _teacher(job, out, device)
@@ -100,7 +100,7 @@ def execute_job(
     student = make_student(job.student, teacher.input_shape, len(teacher.classes), job.seed)
     taught = _taught(job, teacher, student, ts, out, device, show)
     record = _told(job, teacher, ts, taught, time.perf_counter() - start)
-    if test: record["test"] = evaluate_folder(taught.student, test, teacher)
+    if test: record["test"] = dict(folder=str(test)) | evaluate_folder(taught.student, test, teacher)
     _files(record, taught, teacher, out, export)
     return record
 
@@ -160,20 +160,19 @@ def _told(
     ts: TransferSet,
     taught: Distilled,
     seconds: float,  # in all
-) -> dict:
+) -> Record:
     "What there is to know of a finished job."
-    return dict(job=asdict(job), finished=now(),
-                teacher=dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives,
-                             classes=list(teacher.classes),
-                shape=list(teacher.input_shape),
-                parameters=None if teacher.module is None else count_parameters(teacher.module)),
-                student=dict(arch=job.student, parameters=count_parameters(taught.student)),
-                agreement=taught.history[-1].get("agreement"),
-                queries=ts.info["report"]["queries"] + taught.queries,
-                paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
-                set=diagnose(ts), report=ts.info["report"], updates=taught.updates, seconds=round(seconds, 2),
-                history=thinned(taught.history),
-                versions=versions(), code=code_version(), machine=machine())
+    who = dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives,
+               classes=list(teacher.classes), shape=list(teacher.input_shape),
+               parameters=None if teacher.module is None else count_parameters(teacher.module))
+    report = ts.info["report"]
+    return Record(job=asdict(job), finished=now(), teacher=who,
+                  student=dict(arch=job.student, parameters=count_parameters(taught.student)),
+                  agreement=taught.history[-1].get("agreement"), queries=report["queries"] + taught.queries,
+                  paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
+                  set=diagnose(ts), report=report, updates=taught.updates, seconds=round(seconds, 2),
+                  stages=dict(transfer=report["seconds"], distill=taught.seconds), peak_memory_mb=peak_memory_mb(),
+                  history=thinned(taught.history), versions=versions(), code=code_version(), machine=machine())
 
 
 def _files(
@@ -188,8 +187,8 @@ def _files(
                 job=record["job"])
     save_student(out / "student.safetensors", taught.student.cpu(), card)
     if export:
-        record["export_differs"] = export_student(taught.student, out / f"student.{export}", teacher.input_shape,
-                                                  teacher.classes)
+        off = export_student(taught.student, out / f"student.{export}", teacher.input_shape, teacher.classes)
+        record |= dict(export=export, export_differs=off)
     write_atomic(out / "job.json", json.dumps(record, indent=1) + "\n")
 
 

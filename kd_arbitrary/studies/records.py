@@ -19,8 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/studies/02_records.ipynb #records-imports-core
-from ..core import progress, write_atomic
-from .runs import LATER, VERSION, Run, execute, now, run_key
+from ..core import is_device_loss, progress, write_atomic
+from .runs import LATER, VERSION, Record, Run, execute, now, run_key
 
 # %% ../../nbs/studies/02_records.ipynb #records-load
 class RecordError(ValueError):
@@ -60,7 +60,7 @@ def _decode(
 
 def load_record(
     path: str | Path,  # a file of `write_record`
-) -> dict:
+) -> Record:
     "A record, or a `RecordError` that names its fault."
     path = Path(path)
     record = _decode(path)
@@ -73,7 +73,7 @@ def load_record(
     if key != run_key(record["config"]):
         raise RecordError("forged", path, f"its key {key} is not the hash of its configuration")
     if path.stem != key: raise RecordError("duplicate", path, f"it is the record {key} under another name")
-    return record
+    return Record(record)
 
 # %% ../../nbs/studies/02_records.ipynb #records-write
 def find_record(
@@ -137,6 +137,7 @@ def _attempt(
         if record and (record["status"] == "done" or record["finished"] >= since): return record["status"]
         try: record = execute(run, root=root, out=work / run.key, device=device, show=show)
         except Exception as e:
+            if is_device_loss(e): raise  # no fault of the run: its checkpoint stays, and the next start goes on
             error = dict(type=type(e).__name__, message=str(e))
             record = dict(key=run.key, version=VERSION, status="failed", finished=now(), config=config, error=error)
         write_record(folder, record)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'N', 'GIVEN', 'SIZES', 'OWN', 'LATER', 'LOOKED_AT', 'without_neutral', 'run_key', 'Run', 'looped',
-           'check_source', 'claim', 'original', 'thinned', 'steps', 'passes', 'updates', 'now', 'code_version',
-           'execute']
+           'check_source', 'claim', 'original', 'thinned', 'steps', 'passes', 'updates', 'went_in', 'came_out',
+           'it_cost', 'made_with', 'Record', 'now', 'code_version', 'execute']
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports
 import hashlib
@@ -25,21 +25,23 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import Facts, data_root, option, pick, write_atomic
+from ..core import Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
 from ..students.adversarial import ADVERSARIES, adversarial, imagine, make_generator, read_method, split_source
-from ..students.distill import Lesson, distill
+from ..students.distill import Lesson, distill, html_history
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
-from ..teachers.frozen import gains, quick
+from ..teachers.frozen import freezable, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
-from ..transfer.balance import STRATEGIES, Balancing, balance, check_impressed, quotas
+from kd_arbitrary.transfer.balance import (
+    STRATEGIES, Balancing, FillReport, balance, check_impressed, html_fates, quotas,
+)
 from ..transfer.push import check_smooth, usual_smooth
 from ..transfer.rivals import GENERATED, check_given
 from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
@@ -260,7 +262,7 @@ def _transfer_set(
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = (without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options)
               | dict(teacher=teacher.fingerprint))
-    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)):
+    if run.bfloat16 and (freezable(teacher) or run.balance in STRATEGIES.where(nudges=True)):
         options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
@@ -392,6 +394,78 @@ def updates(
     "How many steps a run takes; known without doing it."
     return passes(run, run.n) * steps(run, run.n)
 
+# %% ../../nbs/studies/01_runs.ipynb #experiment-record
+def _percent(x: float | None) -> str | None: return None if x is None else f"{x:.2%}"
+
+
+def went_in(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Teacher, images, student and lesson."
+    s, who = record.get("job") or record["config"], record["teacher"]
+    target, left_out = s.get("target"), record.get("left_out")
+    size = record.get("student", {}).get("parameters")
+    answers = None if target else f"{who['gives']} of {len(who['classes']):,} classes, for images of {who['shape']}"
+    lesson = [f"{s['epochs']} epochs" if s["epochs"] else f"{s['updates']:,} steps", f"batches of {s['batch_size']}",
+              f"loss {s['loss']} at temperature {s['temperature']:g}", f"views {s['views']}", f"seed {s['seed']}"]
+    return {"teacher": f"{who['arch']} of {target}, seed {s['teacher_seed']}" if target else who["spec"],
+            "its answers": answers, "fingerprint": who["fingerprint"], "images": f"{s['n']:,} of {s['source']}",
+            "left out": left_out and f"{left_out['count']:,} pictures that cannot be used", "balance": s["balance"],
+            "student": s["student"] + (f", {size:,} parameters" if size else ""), "lesson": ", ".join(lesson)}
+
+
+def came_out(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Accuracy where labels were there, agreement, and how even the set is."
+    r, test, unknown = record.get("results"), record.get("test"), "unknown: no labelled images were given"
+    told = record.get("set") or r
+    if r: judged, agreed = _percent(r["accuracy"]), f"{_percent(r['agreement'])} of the target's test images"
+    else:
+        judged = f"{_percent(test['accuracy'])} of {test['n']:,} labelled images" if test else unknown
+        agreed = record["agreement"] is not None and f"{_percent(record['agreement'])} of held-out images of the set"
+    off = record.get("export_differs")
+    return {"accuracy": judged, "the teacher's": _percent(record["teacher"].get("accuracy")),
+            "agreement": agreed or "not measured",
+            "export": None if off is None else f"logits differ by {off:.1e} at the most",
+            "class entropy": f"{told['entropy']:.3f} (1 is even)", "different images": f"{told['distinct']:,}",
+            "confidence": f"{told['confidence']:.0%} on average, of the teacher in the set"}
+
+
+def it_cost(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Questions, gradients, seconds a stage, memory."
+    r, report, paid = record.get("results", record), record.get("report"), record.get("paid")
+    seconds = record.get("stages", record["seconds"])
+    if not isinstance(seconds, dict): seconds = {"in all": seconds}
+    return {"questions": f"{r['queries']:,}" + (f", {paid:,} of them paid for" if paid is not None else ""),
+            "for gradients": f"{report.get('gradients', 0):,}" if report else None,
+            "images drawn": f"{report['drawn']:,}" if report else None, "optimiser steps": f"{r['updates']:,}",
+            **{stage: f"{s:,.1f} s" for stage, s in seconds.items()},
+            "largest memory": f"{record['peak_memory_mb']:,.0f} MiB" if record.get("peak_memory_mb") else None}
+
+
+def made_with(
+    record: dict,  # of a run or a job
+) -> dict[str, str | None]:
+    "Versions and machine."
+    code, machine = record.get("code") or {}, record.get("machine") or {}
+    commit = code.get("commit") and code["commit"][:12] + ("" if code.get("clean") else ", with changes")
+    named = ", ".join(str(machine[k]) for k in ("processor", "system", "accelerator") if machine.get(k))
+    return {"finished": record.get("finished"), **record.get("versions", {}), "commit": commit,
+            "machine": named or None, "threads": machine.get("threads")}
+
+
+class Record(dict):
+    "A finished run or job: plain JSON, which shows itself in a notebook."
+
+    def _repr_html_(self):
+        if not {"results", "job"} & self.keys(): return html_facts({k: self.get(k) for k in ("status", "key", "error")})
+        report, history = self.get("report"), self.get("history")
+        return (html_facts(went_in(self) | came_out(self) | it_cost(self)) + (html_history(history) if history else "")
+                + (html_fates(FillReport.from_dict(report)) if report else ""))
+
 # %% ../../nbs/studies/01_runs.ipynb #experiment-execute
 def _measured(
     run: Run,  # names the student
@@ -437,7 +511,7 @@ def execute(
     out: str | Path | None = None,  # folder for transfer set, checkpoint and student; None: nothing is kept
     device: str = "cpu",  # where networks run
     show: bool = True,  # progress bars
-) -> dict:  # the record
+) -> Record:
     "Do a run, or finish it; with a folder, everything it makes is kept there."
     clock, out = Clock(), Path(out) if out else None
     if out: claim(out, asdict(run))
@@ -460,14 +534,14 @@ def _record(
     results: dict,  # numbers
     seconds: dict,  # per stage
     device: str,  # where networks ran
-) -> dict:
+) -> Record:
     "All that should be known of a finished run."
     who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"],
                fingerprint=teacher.fingerprint,
                origin="published" if teacher.card["published"] else "own",
-               frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
-    return dict(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
-                teacher=who,
-                results=results, report=taught["report"], seconds=seconds, cpu=taught["cpu"],
-                peak_memory_mb=peak_memory_mb(), versions=versions(),
-                code=code_version(), machine=machine() | dict(device=device), history=taught["history"])
+               frozen=run.bfloat16 and run.teacher_bn == "running" and freezable(teacher))
+    where = machine() | dict(device=device, bfloat16=run.bfloat16 and has_bfloat16(device))
+    return Record(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
+                  teacher=who, results=results, report=taught["report"], seconds=seconds, cpu=taught["cpu"],
+                  peak_memory_mb=peak_memory_mb(), versions=versions(), code=code_version(),
+                  machine=where, history=taught["history"])
