@@ -45,7 +45,8 @@ from .transfer.sets import TransferSet, histogram_entropy, label
 # %% ../nbs/02_all.ipynb #all-names
 _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator", "TARGETS", "Target", "load_natural",
          "load_target",
-         "Distilled", "distill", "ADVERSARIES", "adversarial", "imagine", "recalibrate", "evaluate", "GRIDS", "Run", "execute", "read_records", "run_grid",
+         "Distilled", "distill", "ADVERSARIES", "adversarial", "imagine", "recalibrate", "evaluate",
+         "GRIDS", "Run", "execute", "read_records", "run_grid",
          "MODELS", "count_flops", "count_parameters", "inherit", "make_model",
          "accuracy_bars", "class_histogram", "fill_bars", "learning_curves", "records_frame", "results_table", "sheet",
          "summary",

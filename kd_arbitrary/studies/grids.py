@@ -401,8 +401,8 @@ RACERS = dict(
     dafl=TRIED["dafl"][0], zskt=TRIED["zskt"][0], fast=TRIED["fast"][0], zskd=TRIED["zskd"][1],
     drawn=TRIED["arbitrary"][0] | dict(balance="none"), repeat=TRIED["arbitrary"][0],
     fill=TRIED["arbitrary"][0] | dict(balance="fill"), impressed=TRIED["impressed"][0])
-# contestant -> (share of the time for making images, core-milliseconds an image, core-milliseconds a student step), from
-# the records of `race_trials`; on another machine a budget is another number of seconds, and the records say which
+# contestant -> (share of the time for making images, core-milliseconds an image, core-milliseconds a student step),
+# from the records of `race_trials`; on another machine a budget is another number of seconds, as its records say
 PACE = dict(
     dafl=(0.0, 0.0, 40.0), zskt=(0.0, 0.0, 12.0), fast=(0.0, 0.0, 11.5), zskd=(0.7, 25.0, 7.0),
     drawn=(0.2, 0.4, 7.0), repeat=(0.2, 0.8, 7.0), fill=(0.2, 1.0, 7.0), impressed=(0.4, 4.0, 7.0))
@@ -423,16 +423,17 @@ def race_run(
 
 @grid
 def race() -> list[Run]:
-    """MNIST and Fashion-MNIST, three teachers, random initial weights: four rivals, and arbitrary sets as drawn, repeated,
-    filled, impressed, at 1 to 60 core-minutes."""
+    """MNIST and Fashion-MNIST, three teachers, random initial weights: four rivals, and arbitrary sets as drawn,
+    repeated, filled, impressed, at 1 to 60 core-minutes."""
     return [race_run(c, t, m, seed) for m in MINUTES for seed in range(3) for t in NEAR for c in RACERS]
 
 
 @grid
 def race_combinations() -> list[Run]:
-    """MNIST and Fashion-MNIST, three teachers, a core-minute: half arbitrary and half adversarial; DAFL with and without its
-    balance term, and images of its generator as a set, as drawn and repeated."""
-    short, bare = dict(RACERS["dafl"], updates=race_run("dafl", "mnist", 1, 0).updates), RACERS["dafl"]["source"].rstrip(")")
+    """MNIST and Fashion-MNIST, three teachers, a core-minute: half arbitrary and half adversarial; DAFL without its
+    balance term, and images of its generator as a set, with it and without it, as drawn and repeated."""
+    short = dict(RACERS["dafl"], updates=race_run("dafl", "mnist", 1, 0).updates)
+    bare = RACERS["dafl"]["source"].rstrip(")")
     halves = [dict(RACERS[c], source=f"0.5*{RACERS[c]['source']}+0.5*({DRAWN_THERE})", balance="repeat", n=5_000,
                    updates=race_run(c, "mnist", 1, 0).updates) for c in ("dafl", "zskt", "fast")]
     made = bare.replace("dafl(", "dafl_images(batch=64,steps=400,")

@@ -143,7 +143,8 @@ def _resolved_loop(
     out = dict(relabel=run.views != "none", cached_views=1, holdout=0.0, epochs=None,
                updates=(run.epochs or 10) * max(1, n // run.batch_size) if run.updates is None else run.updates)
     if not alone: return out
-    return out | dict(n=0, balance="none", limit=None, empty="refuse", smooth=0.0, imbalance=1.0, missing=0, impressed=1.0)
+    return out | dict(n=0, balance="none", limit=None, empty="refuse", smooth=0.0, imbalance=1.0, missing=0,
+                      impressed=1.0)
 
 
 def check_source(
@@ -336,7 +337,8 @@ def _from_labels(
                 cpu=dict(transfer=0.0, distill=time.process_time() - spent))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-duel
-LOOKED_AT = 2_000  # images of the final generator that are diagnosed; these questions are not counted, nobody learns from them
+# images of the final generator that are diagnosed; these questions are not counted, nobody learns from them
+LOOKED_AT = 2_000
 
 
 def _from_duel(
@@ -350,9 +352,11 @@ def _from_duel(
 ) -> dict:  # as `_from_transfer`
     "Train images and student together, with a transfer set beside them where the source names one."
     method, share, drawn = split_source(run.source)
-    if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+    if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape,
+                                                    device=device, bn="batch")
     source = drawn and make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
-    beside = source and _transfer_set(replace(run, source=drawn), source, teacher, out and out / "transfer.safetensors", show)
+    beside = source and _transfer_set(replace(run, source=drawn), source, teacher,
+                                      out and out / "transfer.safetensors", show)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
     fields = ("updates", "batch_size", "lr", "temperature", "loss", "views", "seed", "bfloat16")
@@ -365,7 +369,8 @@ def _from_duel(
     return dict(student=taught.student, best=None, data=dict(kind="generated", parts=parts), report=report,
                 history=thinned(taught.history),
                 results=diagnose(label(imagine(taught.generator, LOOKED_AT, run.seed), teacher,
-                                       method)) | dict(updates=taught.updates, queries=spent["queries"] + taught.queries,
+                                       method)) | dict(updates=taught.updates,
+                                                       queries=spent["queries"] + taught.queries,
                         gradients=spent["gradients"] + taught.gradients, drawn=spent["drawn"]),
                 seconds=dict(transfer=spent["seconds"], distill=taught.seconds), cpu=dict(transfer=spent.get("cpu",
                         0.0), distill=taught.cpu))
