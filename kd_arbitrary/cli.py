@@ -73,8 +73,9 @@ def exit_with(
             raise typer.Exit(status) from None
 
 
-_REMEDIES = (dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may use (--out, --root)")
-             | dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or choose another place (--out)"))
+_CLOSED, _FULL = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = (dict.fromkeys(_CLOSED, "choose a place that you may use (--out, --root)")
+             | dict.fromkeys(_FULL, "free some space, or choose another place (--out, --root)"))
 
 
 def _words(

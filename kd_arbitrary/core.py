@@ -6,7 +6,8 @@
 __all__ = ['LUMA', 'SHADES', 'LARGEST', 'FORMAT', 'Rows', 'data_root', 'generator', 'pick', 'Registry', 'Facts', 'need',
            'load_plugin', 'option', 'takes', 'progress', 'check_images', 'to_float', 'to_stored', 'adapt', 'html_box',
            'html_name', 'html_panels', 'html_facts', 'html_bars', 'html_line', 'html_pictures', 'available_memory',
-           'need_memory', 'keep_freed', 'write_atomic', 'save_tensors', 'load_tensors']
+           'need_memory', 'keep_freed', 'has_bfloat16', 'bfloat16_where', 'DeviceLost', 'is_device_loss',
+           'write_atomic', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import base64
@@ -18,9 +19,11 @@ import inspect
 import io
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import field, fields
@@ -466,6 +469,43 @@ def need_memory(
 def keep_freed() -> None:
     "Let glibc keep up to 64 MiB of freed memory for the next step; other C libraries take no notice."
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+# %% ../nbs/00_core.ipynb #core-device
+def has_bfloat16(
+    device: str | torch.device = "cpu",  # where to compute
+) -> bool:
+    "Whether bfloat16 is multiplied by hardware there."
+    kind = torch.device(device).type
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu": return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(ask and ask())
+
+
+def bfloat16_where(
+    wanted: bool,  # asked for
+    device: str | torch.device,  # where to compute
+) -> bool:  # whether to compute in it
+    "Whether it is bfloat16 then; a warning where it was wanted and is not there."
+    if wanted and not has_bfloat16(device):
+        warnings.warn(f"this {torch.device(device).type} has no units for bfloat16; going on in float32", stacklevel=3)
+        return False
+    return wanted
+
+
+class DeviceLost(RuntimeError):
+    "A device that went away in the middle of a run."
+
+
+def is_device_loss(
+    error: BaseException,  # that ended a call
+) -> bool:
+    "Whether it was the device that failed; not where it ran out of memory."
+    if isinstance(error, (DeviceLost, getattr(torch, "AcceleratorError", DeviceLost))): return True
+    vendors = r"(CUDA|HIP|XPU|MPS|cuDNN|CUBLAS|NCCL)\b.*\berror"
+    return isinstance(error, RuntimeError) and bool(re.match(vendors, str(error), re.I))
 
 # %% ../nbs/00_core.ipynb #core-atomic
 def _sweep(

@@ -109,8 +109,10 @@ def fetch(
             with _quietly(timeout): return o.open(root, True)
         except _FAILED as e: why = e
     missing = [f for f in o.files if not (folder / f).is_file()]
+    there = ", ".join(f"{f} with {(folder / f).stat().st_size:,} bytes" for f in o.files if f not in missing)
     told = f"missing {', '.join(missing)} in {folder}" if missing else \
-        f"the files in {folder} are damaged, or not unpacked yet (download=True unpacks them)"
+        (f"what lies in {folder} ({there}) was downloaded in part, or is damaged, or not unpacked yet "
+         "(download=True unpacks it, or fetches it again)")
     raise FileNotFoundError(
         f"{name} cannot be read: {told}. Put the official {', '.join(o.files)} there (from {o.source})"
         f"{o.hint and ', ' + o.hint}. Download {'failed' if download else 'is switched off'}: {why}") from why

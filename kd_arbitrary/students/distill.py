@@ -216,7 +216,7 @@ def distill(
         raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
                          "make it with as many")
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
-    with quick(teacher, settings.bfloat16) as asked:
+    with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
         taught = _material(asked, transfer, settings, relabel, device)
         # as `fit` does with the student
         if settings.bfloat16 and teacher.module is not None: asked.module.to(memory_format=torch.channels_last)

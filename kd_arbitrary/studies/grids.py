@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
-           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY',
-           'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results',
-           'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict',
-           'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs', 'imbalance',
-           'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
-           'photos_views', 'rivals_check', 'select', 'step_flops', 'probe', 'estimate']
+           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'PAIRS',
+           'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid',
+           'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
+           'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
+           'reference', 'development', 'photographs', 'imbalance', 'sizes', 'one_factor', 'cifar10_small',
+           'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'select',
+           'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -22,6 +23,7 @@ import torch
 from ..core import Registry, generator
 from ..students.distill import distill
 from .runs import GIVEN, N, SIZES, Run, updates
+from ..teachers.targets import HALVES
 from ..teachers.networks import count_flops, make_model
 from ..teachers.teacher import Teacher
 from ..transfer.sets import label
@@ -181,12 +183,36 @@ def verdict_relabelled() -> list[Run]:
 @grid
 def headline_controls() -> list[Run]:
     """MNIST and Fashion-MNIST, the recipe of the best image-free numbers: as drawn, quota, filled, impressed; random
-    and inherited weights; three teachers."""
+    and inherited weights; three teachers; on MNIST also without glyphs."""
     ways = ([dict(balance=b) for b in ("none", "quota", "fill")]
             + [dict(balance="impress", impressed=DEVELOPED["impressed"])])
-    return [Run(target=t, init=init, seed=seed, teacher_seed=seed, empty="keep",
-                **DEVELOPED | dict(impressed=1.0) | way)
-            for seed in TEACHERS[:3] for t in NEAR for way in ways for init in ("random", "teacher")]
+    fixed = DEVELOPED | dict(impressed=1.0, empty="keep")
+    cells = [dict(target=t, init=init) | way for t in NEAR for way in ways for init in ("random", "teacher")]
+    cells += [dict(target="mnist", init=i, source="strokes+pyramid") | ways[-1] for i in ("random", "teacher")]
+    return [Run(seed=seed, teacher_seed=seed, **fixed | cell) for seed in TEACHERS[:3] for cell in cells]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-reference
+REFERENCE_VIEWS = ("none", "crop", "flip+mixup")  # cached scores; moved by a few pixels; mirrored and mixed
+TRIALS = (  # over the fields of `DEVELOPED`
+    *(dict(balance="none", impressed=1.0), dict(balance="fill", impressed=1.0), dict(), dict(views="affine+mixup")),
+    *(dict(temperature=20.0), dict(source="strokes+pyramid"), dict(init="teacher")),
+)
+
+
+@grid
+def reference() -> list[Run]:
+    "MNIST and Fashion-MNIST: the target's own images to convergence, three kinds of views, three teachers."
+    fixed = dict(source="original", balance="none", updates=22_350, empty="keep")
+    return [Run(target=t, views=v, seed=s, teacher_seed=s, **fixed)
+            for s in TEACHERS[:3] for t in NEAR for v in REFERENCE_VIEWS]
+
+
+@grid
+def development() -> list[Run]:
+    "The halved KMNIST and notMNIST: the developed recipe in short, one change at a time; for choosing, not quoting."
+    fixed = DEVELOPED | dict(epochs=QUICK, empty="keep")
+    return [Run(target=t, seed=s, teacher_seed=s, **fixed | trial)
+            for s in TEACHERS[:2] for t in HALVES for trial in TRIALS]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-photographs
 @grid

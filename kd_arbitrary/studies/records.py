@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/studies/02_records.ipynb #records-imports-core
-from ..core import progress, write_atomic
+from ..core import is_device_loss, progress, write_atomic
 from .runs import LATER, VERSION, Record, Run, execute, now, run_key
 
 # %% ../../nbs/studies/02_records.ipynb #records-load
@@ -137,6 +137,7 @@ def _attempt(
         if record and (record["status"] == "done" or record["finished"] >= since): return record["status"]
         try: record = execute(run, root=root, out=work / run.key, device=device, show=show)
         except Exception as e:
+            if is_device_loss(e): raise  # no fault of the run: its checkpoint stays, and the next start goes on
             error = dict(type=type(e).__name__, message=str(e))
             record = dict(key=run.key, version=VERSION, status="failed", finished=now(), config=config, error=error)
         write_record(folder, record)

@@ -25,14 +25,14 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import Facts, data_root, html_facts, option, pick, write_atomic
+from ..core import Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
 from ..students.distill import Lesson, distill, html_history
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
-from ..teachers.frozen import gains, quick
+from ..teachers.frozen import freezable, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
@@ -236,7 +236,7 @@ def _transfer_set(
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
     wanted = (without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options)
               | dict(teacher=teacher.fingerprint))
-    if run.bfloat16 and (gains(teacher) or run.balance in STRATEGIES.where(nudges=True)):
+    if run.bfloat16 and (freezable(teacher) or run.balance in STRATEGIES.where(nudges=True)):
         options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
         ts = TransferSet.load(path)
@@ -474,8 +474,9 @@ def _record(
     who = dict(arch=run.teacher, seed=run.teacher_seed, accuracy=teacher.card["test_accuracy"],
                fingerprint=teacher.fingerprint,
                origin="published" if teacher.card["published"] else "own",
-               frozen=run.bfloat16 and run.teacher_bn == "running" and gains(teacher))
+               frozen=run.bfloat16 and run.teacher_bn == "running" and freezable(teacher))
+    where = machine() | dict(device=device, bfloat16=run.bfloat16 and has_bfloat16(device))
     return Record(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
                   teacher=who, results=results, report=taught["report"], seconds=seconds,
                   peak_memory_mb=peak_memory_mb(), versions=versions(), code=code_version(),
-                  machine=machine() | dict(device=device), history=taught["history"])
+                  machine=where, history=taught["history"])

@@ -88,8 +88,8 @@ def _into(
 ) -> Found:
     "Foreign weights in the network they were made for."
     if arch is None:
-        raise ValueError(f"{path} holds weights only; pass the network they are for as arch=..., or, on the command line, "
-                         "name a function that loads them: FILE.py:NAME")
+        raise ValueError(f"{path} holds weights only; pass the network they are for as arch=..., "
+                         "or, on the command line, name a function that loads them: FILE.py:NAME")
     try: arch.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"the weights in {path} are not those of {type(arch).__name__}: {e}") from None

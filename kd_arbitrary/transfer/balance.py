@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-imports-core
 from kd_arbitrary.core import (
-    Registry, generator, html_bars, html_facts, html_panels, keep_freed, need_memory, option, progress, takes,
+    Registry, bfloat16_where, generator, html_bars, html_facts, html_panels, keep_freed, need_memory, option, progress,
+    takes,
 )
 from ..pictures.sources import Source
 from ..teachers.frozen import quick
@@ -454,6 +455,7 @@ def balance(
     complete = STRATEGIES.pick(strategy)
     work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
     _refuse(work)
+    work.settings = settings = replace(settings, bfloat16=bfloat16_where(settings.bfloat16, teacher.device))
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
     work.making = source.made()
