@@ -40,7 +40,7 @@ from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .studies.own import Job, execute_job
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
 from .studies.report import find_runs, report_data, write_report
-from .studies.runs import GIVEN, SIZES, Run, claim, execute, updates
+from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
 from .teachers.adapters import load_teacher
@@ -48,6 +48,7 @@ from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
 from .transfer.balance import STRATEGIES
 from .transfer.diagnosis import diagnose
+from .transfer.rivals import RIVALS
 from .transfer.sets import TransferSet
 
 # %% ../nbs/01_cli.ipynb #cli-errors
@@ -128,6 +129,8 @@ def comparison(
 ) -> dict[str, Run]:  # folder name to run
     "The runs that stand in one table: as drawn, balanced, and with the original data."
     if run.source in GIVEN: return {run.source: run}
+    if looped(run.source): return dict(adversarial=run, original=replace(run, source="original", balance="none",
+            n=None, updates=run.updates))
     plain = replace(run, balance="none")
     bound = replace(plain, source="original", n=None, epochs=_as_long(run.epochs * run.n, run.target))
     return dict(unbalanced=plain) | (dict(balanced=run) if run.balance != "none" else {}) | dict(original=bound)
@@ -157,7 +160,8 @@ def compare(
     with lock:
         for name, run in runs.items():
             if find_record(out / name, run) is None:
-                if show: _say(f"{name}: {run.student} from {run.n:,} images of {run.source}, {run.epochs} epochs")
+                many = f"{run.n:,} images of " if run.n else ""
+                if show: _say(f"{name}: {run.student} from {many}{run.source}, {updates(run):,} steps")
                 write_record(out / name, execute(run, root=root, out=out / name, device=device, show=show))
                 page.unlink(missing_ok=True)
             records[name] = find_record(out / name, run)
@@ -185,6 +189,7 @@ def _draw_summary(
 
 # %% ../nbs/01_cli.ipynb #cli-table
 LABELS = dict(unbalanced="student, unbalanced", balanced="student, balanced ({balance})",
+              adversarial="student, {source}",
               original="student, original data", labels="student, labels")
 
 
@@ -257,7 +262,7 @@ NAMES = dict(
     teacher=lambda: MODELS, name=lambda: GRIDS,
     drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"),
     real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"),
-    made=lambda: SOURCES.where(kind="generated"))
+    made=lambda: SOURCES.where(kind="generated"), loops=lambda: RIVALS.where(kind="loop"))
 
 
 def _filled(text: str | None) -> str | None:
@@ -402,7 +407,7 @@ def kd_distill(
                       _unsaid(PICTURES, "none")] = None,
     source: Annotated[str | None,
                       _unsaid("Where images come from: {drawn}; real pictures: {real}; "
-                              "made by the teacher's gradients: {made}; "
+                              "made by the teacher's gradients: {made}; made while the student learns: {loops}; "
                                    f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}",
                                    MIXTURE)] = None,
     balance: Annotated[str | None,
