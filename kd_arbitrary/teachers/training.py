@@ -302,14 +302,14 @@ def _epoch(
     epoch: int,  # counted from 0
 ) -> dict:  # what the history says of it
     "One pass over the set."
-    start, g, total = time.perf_counter(), generator(loop.seed, "epoch", epoch), 0.0
+    start, spent, g, total = time.perf_counter(), time.process_time(), generator(loop.seed, "epoch", epoch), 0.0
     loop.model.train()
     with torch.random.fork_rng():
         torch.manual_seed(g.initial_seed())
         for index in batches(loop.n, loop.batch_size, g, loop.weights): total = total + _step(loop, index, g)
     entry = dict(epoch=epoch + 1, loss=float(total) / loop.per_epoch, lr=loop.optimiser.param_groups[0]["lr"])
     entry |= loop.measure(loop.model) if loop.measure else {}
-    return entry | dict(seconds=round(time.perf_counter() - start, 4))
+    return entry | dict(seconds=round(time.perf_counter() - start, 4), cpu=round(time.process_time() - spent, 4))
 
 
 def _step(

@@ -48,6 +48,7 @@ class FillReport:
     repeated: tuple[int, ...]  # per class: copies of other images of it
     missing: tuple[int, ...]  # per class: asked for and not there
     gradients: int = 0  # images the teacher was asked about with a graph back to them, for gradient steps
+    cpu: float = 0.0  # processor seconds
 
     @property
     def quota(self) -> tuple[int, ...]:
@@ -154,11 +155,15 @@ def _room(
     """An empty tensor; one in a file has its place on the disk reserved, so that a full disk is an
     error here and not a crash later."""
     if folder is None: return torch.empty(shape, dtype=dtype)
-    folder.mkdir(parents=True, exist_ok=True)
     size = max(1, math.prod(shape) * dtype.itemsize)
-    with tempfile.TemporaryFile(dir=folder) as f:
-        if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
-        values = np.memmap(f, np.uint8, "r+", shape=(size,))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
+            values = np.memmap(f, np.uint8, "r+", shape=(size,))
+    except OSError as e:
+        raise OSError(e.errno, f"could not make room for the set in {folder}, {size / 2**20:,.1f} MiB: {e.strerror}. "
+                      "Free some space, lower n, or choose another folder, then run the same command again") from e
     return torch.from_numpy(values)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -455,12 +460,13 @@ def balance(
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
     work.making = source.made()
-    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
+    start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
         _drawn(work)
         complete(work)
     _empty_classes(work)
-    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped)
+    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped,
+                     time.process_time() - spent)
     return _finished(work, report, note or {}, path), report
 
 
@@ -472,7 +478,7 @@ def _room_enough(
     itemsize = max(p.dtype.itemsize for p in work.source.pieces)
     needed = memory_needed(work.n, work.teacher, strategy=work.strategy, itemsize=itemsize, mapped=mapped)
     need_memory(needed["balance"], f"a set of {work.n:,} images {tuple(work.source.shape)}",
-                "lower n, or give `path` to write the set to a file as it is made")
+                "lower n" if mapped else "lower n, or give `path` to write the set to a file as it is made")
     keep_freed()
 
 
@@ -481,13 +487,14 @@ def _report(
     seconds: float,  # it took
     queries: int,  # images asked about
     gradients: int,  # of them, with a graph
+    cpu: float,  # processor seconds
 ) -> FillReport:
     "What it took, class by class; what generated images cost is part of it."
-    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0) | work.making
+    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0, cpu=0.0) | work.making
     return FillReport(work.strategy, work.n, work.teacher.classes, int(work.seen.sum()), queries + made["queries"],
                       seconds + made["seconds"],
                       ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short),
-                      gradients + made["gradients"])
+                      gradients + made["gradients"], cpu + made["cpu"])
 
 
 def _finished(
