@@ -155,11 +155,15 @@ def _room(
     """An empty tensor; one in a file has its place on the disk reserved, so that a full disk is an
     error here and not a crash later."""
     if folder is None: return torch.empty(shape, dtype=dtype)
-    folder.mkdir(parents=True, exist_ok=True)
     size = max(1, math.prod(shape) * dtype.itemsize)
-    with tempfile.TemporaryFile(dir=folder) as f:
-        if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
-        values = np.memmap(f, np.uint8, "r+", shape=(size,))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
+            values = np.memmap(f, np.uint8, "r+", shape=(size,))
+    except OSError as e:
+        raise OSError(e.errno, f"could not make room for the set in {folder}, {size / 2**20:,.1f} MiB: {e.strerror}. "
+                      "Free some space, lower n, or choose another folder, then run the same command again") from e
     return torch.from_numpy(values)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -474,7 +478,7 @@ def _room_enough(
     itemsize = max(p.dtype.itemsize for p in work.source.pieces)
     needed = memory_needed(work.n, work.teacher, strategy=work.strategy, itemsize=itemsize, mapped=mapped)
     need_memory(needed["balance"], f"a set of {work.n:,} images {tuple(work.source.shape)}",
-                "lower n, or give `path` to write the set to a file as it is made")
+                "lower n" if mapped else "lower n, or give `path` to write the set to a file as it is made")
     keep_freed()
 
 
