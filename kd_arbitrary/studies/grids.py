@@ -402,7 +402,8 @@ TRIED = dict(
 # the published ending: three trials of each on the digits, and a core-minute of DAFL on MNIST
 AS_PUBLISHED = [dict(target="digits", source=s, updates=u) for s, u in
                 (("dafl(width=16,rate=0.01)", 500), ("dafl(width=16,rate=0.001)", 500),
-                 ("dafl(width=8,rate=0.01)", 650), ("zskt(width=16)", 1_700), ("zskt(width=16,rate=0.005)", 1_700), ("zskt(width=16,taught=5)", 1_050))]
+                 ("dafl(width=8,rate=0.01)", 650), ("zskt(width=16)", 1_700),
+                 ("zskt(width=16,rate=0.005)", 1_700), ("zskt(width=16,taught=5)", 1_050))]
 AS_PUBLISHED.append(dict(target="mnist", source="dafl(width=8,rate=0.01)", updates=2_264, empty="keep"))
 
 
