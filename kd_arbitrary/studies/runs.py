@@ -25,7 +25,7 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
+from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
@@ -258,6 +258,7 @@ def _transfer_set(
     teacher: Teacher,  # who is asked
     path: Path | None,  # where it is kept
     show: bool,  # progress bars
+    ranks: Alone,  # the processes that make it
 ) -> TransferSet:
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
@@ -269,7 +270,8 @@ def _transfer_set(
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
         return ts
-    return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted))[0]
+    return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted),
+                   ranks=ranks)[0]
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-teach
 def _from_transfer(
@@ -280,20 +282,20 @@ def _from_transfer(
     out: Path | None,  # where files are kept
     device: str,  # where to train
     show: bool,  # progress bars
+    ranks: Alone,  # the processes that do it
 ) -> dict:  # student, best, source, and parts of the record
     "Make the transfer set and teach the student with it."
     if run.teacher_bn == "batch":
         teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
     source = (original(target) if run.source == "original"
               else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
-    ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show)
+    ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show, ranks)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
     fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed",
               "bfloat16")
     taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)),
-                     device=device,
-                     checkpoint=out and out / "checkpoint.safetensors", show=show)
+                     device=device, checkpoint=out and out / "checkpoint.safetensors", show=show, ranks=ranks)
     report = ts.info["report"]
     data = (dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces})
             | (dict(making=ts.info["making"]) if "making" in ts.info else {}))
@@ -322,6 +324,7 @@ def _from_labels(
     out: Path | None,  # not used
     device: str,  # where to train
     show: bool,  # progress bars
+    ranks: Alone,  # plays no part: each trains it, or reads what the first trained
 ) -> dict:  # as `_from_transfer`
     "Teach the student with the target's labels."
     start, spent = time.perf_counter(), time.process_time()
@@ -349,14 +352,19 @@ def _from_duel(
     out: Path | None,  # where files are kept
     device: str,  # where to train
     show: bool,  # progress bars
+    ranks: Alone,  # one
 ) -> dict:  # as `_from_transfer`
     "Train images and student together, with a transfer set beside them where the source names one."
+    if ranks.world > 1:
+        raise ValueError(f"{run.source} trains images and student in turns, in one process, "
+                         f"and there are {ranks.world}; "
+                         "start the command without torchrun")
     method, share, drawn = split_source(run.source)
     if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape,
                                                     device=device, bn="batch")
     source = drawn and make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
     beside = source and _transfer_set(replace(run, source=drawn), source, teacher,
-                                      out and out / "transfer.safetensors", show)
+                                      out and out / "transfer.safetensors", show, ranks)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
     fields = ("updates", "batch_size", "lr", "temperature", "loss", "views", "seed", "bfloat16")
@@ -516,20 +524,23 @@ def execute(
     out: str | Path | None = None,  # folder for transfer set, checkpoint and student; None: nothing is kept
     device: str = "cpu",  # where networks run
     show: bool = True,  # progress bars
+    ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:
     "Do a run, or finish it; with a folder, everything it makes is kept there."
     clock, out = Clock(), Path(out) if out else None
-    if out: claim(out, asdict(run))
+    if out and ranks.first: claim(out, asdict(run))
     with clock("teacher"):
         target = load_target(run.target, root)
         teacher = _the_teacher(run, target, root, device, show)
     way = _from_labels if run.source == "labels" else _from_duel if looped(run.source) else _from_transfer
-    taught = way(run, target, teacher, root, out, device, show)
+    taught = way(run, target, teacher, root, out, device, show, ranks)
     with clock("evaluate"): results = taught["results"] | _measured(run, taught, target, teacher, device)
     card = dict(arch=run.student, shape=list(target.shape), classes=list(target.classes), run=asdict(run),
                 test_accuracy=results["accuracy"])
-    if out: save_model(out / "student.safetensors", taught["student"], card)
-    return _record(run, teacher, taught, results, clock.seconds | taught["seconds"], device)
+    if out and ranks.first: save_model(out / "student.safetensors", taught["student"], card)
+    record = _record(run, teacher, taught, results, clock.seconds | taught["seconds"], device)
+    if ranks.world > 1: record["machine"]["ranks"] = ranks.world
+    return record
 
 
 def _record(
