@@ -33,7 +33,7 @@ setup(
                     **{e: cfg[f"{e}_requirements"].split() for e in ("timm", "onnx", "hf")}},
     entry_points={
         "console_scripts": [f"kd_distill={name}.cli:distill_main", f"kd_experiment={name}.cli:experiment_main",
-                            f"kd_diagnose={name}.cli:diagnose_main"],
+                            f"kd_diagnose={name}.cli:diagnose_main", f"kd_report={name}.cli:report_main"],
         "nbdev": [f"{name}={name}._modidx:d"],
     },
     zip_safe=False,

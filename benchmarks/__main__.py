@@ -1,6 +1,6 @@
 """The benchmark: one command, one record a pair.
 
-    python -m benchmarks [--pair lenet alexnet resnet] [--images N] [--repeats R] [--device cpu] [--threads 1]
+    python -m benchmarks [--pair lenet alexnet wrn resnet] [--images N] [--repeats R] [--device cpu] [--threads 1]
 """
 import argparse
 import importlib.metadata
@@ -62,7 +62,7 @@ def measure(name: str, args, say=print) -> dict:
     load, rate = os.getloadavg() if hasattr(os, "getloadavg") else None, rates(args.device, 2 * repeats)
     rows = compete(work, line_up(networks, batches, pair.bfloat16), images, repeats, say)
     fair(rows)
-    inner = dict(lenet=20, alexnet=1, resnet=1)[name]
+    inner = dict(lenet=20).get(name, 1)
     notes = [] if args.skip_micro else M.micro(work, name, batches[0], repeats, inner)
     if args.compile: notes += M.compiled(work, batches[0], repeats)
     if name == "lenet" and args.balance: notes += M.balanced(work, args.balance, 1)

@@ -17,6 +17,7 @@ from kd_arbitrary.core import generator, to_float
 from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.pictures.views import make_views
 from kd_arbitrary.students.losses import kl
+from kd_arbitrary.teachers.frozen import freeze, frozen, has_bfloat16
 from kd_arbitrary.teachers.networks import PairNorm
 from kd_arbitrary.transfer.balance import balance
 from kd_arbitrary.transfer.balance import DRAWN
@@ -156,8 +157,10 @@ def formats(work: Work, b: int) -> dict[str, tuple[int, dict]]:
         def inside():
             with torch.autocast(torch.device(work.device).type, torch.bfloat16): go()
         return inside
-    return {"teacher, inference: number format": (b, {"float32": forward(net, x), "channels last": forward(last, x), "bfloat16": cast(forward(net, x)),
-                                                      "bfloat16, channels last": cast(forward(last, x))})}
+    ways = {"float32": forward(net, x), "channels last": forward(last, x), "bfloat16": cast(forward(net, x)), "bfloat16, channels last": cast(forward(last, x)),
+            "frozen, float32": forward(freeze(net, False), x)}
+    if has_bfloat16(work.device): ways["frozen, bfloat16"] = forward(freeze(net, True), x)
+    return {"teacher, inference: number format": (b, ways)}
 
 
 def data(work: Work, b: int) -> dict[str, tuple[int, dict]]:
@@ -182,9 +185,10 @@ def data(work: Work, b: int) -> dict[str, tuple[int, dict]]:
 
 def asked(work: Work, sizes: tuple[int, ...]) -> dict[str, tuple[int, dict]]:
     "The teacher by the number of images it is asked about at a time."
-    teacher, n = work.teachers["fast"], min(len(work.transfer), max(sizes))
-    images = work.transfer.images[:n]
-    return {"teacher, inference by batch size": (n, {str(b): (lambda b=b: teacher(images, b)) for b in sizes if b <= n})}
+    n = min(len(work.transfer), max(sizes))
+    images, teachers = work.transfer.images[:n], {"": work.teachers["fast"]}
+    if work.pair.bfloat16: teachers[", frozen"] = frozen(work.teachers["fast"])
+    return {f"teacher, inference by batch size{how}": (n, {str(b): (lambda b=b: teacher(images, b)) for b in sizes if b <= n}) for how, teacher in teachers.items()}
 
 
 def balanced(work: Work, n: int, repeats: int, texts: tuple[str, ...] = ("gaussian", "pyramid")) -> list[dict]:
@@ -221,7 +225,8 @@ def micro(
     "All before-and-after pairs that concern this pair of networks."
     tables = switches(work, batch_size) | formats(work, batch_size)
     if name == "lenet": tables = both(work, batch_size) | tables | data(work, batch_size) | seeds(work, batch_size) | asked(work, (64, 128, 256, 512, 1024, 2048))
-    if name == "alexnet": tables = norms(work, batch_size) | both(work, batch_size) | tables | asked(work, (16, 32, 64, 128, 256))
+    if name == "alexnet": tables = norms(work, batch_size) | both(work, batch_size) | tables | asked(work, (32, 64, 128, 256, 512, 1024))
+    if name == "wrn": tables |= asked(work, (32, 64, 128, 256, 512))
     out = [dict(name=k, items=n, runs=interleaved(calls, repeats, 1 if "batch" in k else inner, work.device)) for k, (n, calls) in tables.items()]
     if torch.device(work.device).type != "cpu" or name != "lenet": return out
     return out + threads(work, batch_size, repeats, inner) + ahead(work, 8 * DRAWN, repeats)

@@ -33,7 +33,8 @@ class Pair:
 
 PAIRS = dict(
     lenet=Pair("lenet5", "lenet5_half", (1, 28, 28), 10_240, tuple(sorted({DEFAULT_BATCH, 128, 256, 512}, key=lambda b: (b != DEFAULT_BATCH, b))), 5, False),
-    alexnet=Pair("alexnet", "alexnet_half", (3, 32, 32), 256, (128,), 3, True),
+    alexnet=Pair("alexnet", "alexnet_half", (3, 32, 32), 1024, (128,), 3, True),
+    wrn=Pair("wrn40_2", "wrn16_1", (3, 32, 32), 512, (128,), 3, True),
     resnet=Pair("resnet34", "resnet18", (3, 32, 32), 48, (16,), 1, True),
 )
 

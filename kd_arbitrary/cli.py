@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'LABELS', 'distill_app', 'Device', 'Quiet', 'Debug', 'Version', 'NAMES', 'Plugin', 'Root',
-           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app', 'exit_with', 'settings',
-           'comparison', 'default_out', 'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table', 'len_of',
-           'distil_own', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
-           'grid_table', 'kd_diagnose', 'distill_main', 'diagnose_main', 'experiment_main']
+           'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app', 'report_app', 'exit_with',
+           'settings', 'comparison', 'default_out', 'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table',
+           'len_of', 'distil_own', 'kd_distill', 'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table',
+           'grid_table', 'kd_diagnose', 'kd_report', 'report_main', 'distill_main', 'diagnose_main', 'experiment_main']
 
 # %% ../nbs/01_cli.ipynb #cli-imports
 import io
@@ -37,6 +37,7 @@ from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .studies.own import Job, execute_job
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
+from .studies.report import find_runs, report_data, write_report
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, updates
 from .studies.tables import SETTING, grid_frame, results_table
 from .teachers.networks import MODELS
@@ -78,10 +79,13 @@ def _device(
     "The device that is meant."
     if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     try: return str(torch.zeros(0, device=name).device)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"cannot use the device {name!r}; expected auto, cpu or cuda ({str(e).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"cannot use the device {name!r}; "
+                         f"expected auto, cpu or cuda ({str(e).splitlines()[0]})") from None
 
 # %% ../nbs/01_cli.ipynb #cli-rows
-JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128, lr=0.01)}  # two minutes on two cores; chosen by held-out agreement
+# two minutes on two cores; chosen by held-out agreement
+JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128, lr=0.01)}
 JOB = dict(n=60_000, epochs=10, batch_size=128, lr=0.01)  # all other targets
 
 
@@ -91,7 +95,8 @@ def settings(
 ) -> dict:  # n, epochs, batch_size, lr
     "What is meant where nothing is said."
     job = JOBS.get(target, JOB)
-    return job | dict(n=None, epochs=_as_long(job["epochs"] * job["n"], target)) if source in GIVEN and target in SIZES else job
+    return (job | dict(n=None, epochs=_as_long(job["epochs"] * job["n"], target)) if source in GIVEN and target in SIZES
+            else job)
 
 
 def _as_long(
@@ -130,15 +135,18 @@ def compare(
     "Do what is not done yet."
     out.mkdir(parents=True, exist_ok=True)
     try: lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout: raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
-    records = {}
+    except Timeout:
+        raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
+    records, page = {}, out / "report.html"
     with lock:
         for name, run in runs.items():
             if find_record(out / name, run) is None:
                 if show: _say(f"{name}: {run.student} from {run.n:,} images of {run.source}, {run.epochs} epochs")
                 write_record(out / name, execute(run, root=root, out=out / name, device=device, show=show))
+                page.unlink(missing_ok=True)
             records[name] = find_record(out / name, run)
         _draw_summary(records, out)
+        if not page.exists(): write_report(out)
     return records
 
 
@@ -150,7 +158,8 @@ def _draw_summary(
     path, sets = out / "summary.png", {n: out / n / "transfer.safetensors" for n in records if n != "original"}
     sets = {n: TransferSet.load(p) for n, p in sets.items() if p.exists() and not path.exists()}
     if not sets: return
-    from kd_arbitrary.studies.figures import class_histogram, summary  # takes a second to import: not for --help, lists and tables
+    # takes a second to import: not for --help, lists and tables
+    from kd_arbitrary.studies.figures import class_histogram, summary
     config, pair = next(iter(records.values()))["config"], [sets.get("unbalanced"), sets.get("balanced")]
     title = f"{config['source']}, seen by a teacher of {config['target']}"
     fig = summary(*pair, title) if all(s is not None for s in pair) else class_histogram(sets)
@@ -159,7 +168,8 @@ def _draw_summary(
     write_atomic(path, buffer.getvalue())
 
 # %% ../nbs/01_cli.ipynb #cli-table
-LABELS = dict(unbalanced="student, unbalanced", balanced="student, balanced ({balance})", original="student, original data", labels="student, labels")
+LABELS = dict(unbalanced="student, unbalanced", balanced="student, balanced ({balance})",
+              original="student, original data", labels="student, labels")
 
 
 def table(
@@ -171,10 +181,12 @@ def table(
              ("teacher", f"{first['teacher']['accuracy']:.2%}", "", "", f"{first['seconds']['teacher']:.1f}")]
     for name, r in records.items():
         spent = r["seconds"]["transfer"] + r["seconds"]["distill"]
-        lines.append((LABELS[name].format(**r["config"]), f"{r['results']['accuracy']:.2%}", f"{r['results']['agreement']:.2%}",
+        lines.append((LABELS[name].format(**r["config"]), f"{r['results']['accuracy']:.2%}",
+                      f"{r['results']['agreement']:.2%}",
                       f"{r['results']['queries']:,}", f"{spent:.1f}"))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(f"{line[0]:<{widths[0]}}" + "".join(f"{text:>{w + 3}}" for text, w in zip(line[1:], widths[1:])) for line in lines)
+    return "\n".join(f"{line[0]:<{widths[0]}}" + "".join(f"{text:>{w + 3}}" for text, w in zip(line[1:], widths[1:]))
+                     for line in lines)
 
 
 def listing(
@@ -202,25 +214,32 @@ class _Group(TyperGroup):
 
 def _app(help: str | None = None) -> typer.Typer:
     "An empty command line application, in plain text."
-    return typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=help)
+    return typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                       help=help)
 
 
 distill_app = _app()
 Device = Annotated[str, typer.Option(help="Where networks run: auto, cpu, cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Version = Annotated[bool, typer.Option("--version", help="Show the version and leave.", callback=_version, is_eager=True)]
+Version = Annotated[bool,
+                    typer.Option("--version", help="Show the version and leave.", callback=_version, is_eager=True)]
 
 
 def _option(text: str, **kwargs): return typer.Option(help=text, **kwargs)
 
 
-def _unsaid(text: str, default: str, **kwargs): return _option(f"{text} [default: {default}].", show_default=False, **kwargs)
+def _unsaid(text: str, default: str, **kwargs):
+    return _option(f"{text} [default: {default}].", show_default=False, **kwargs)
 
 
-NAMES = dict(  # option -> what may stand there, looked up when help is shown, so that additions of a plugin are listed too
-    target=lambda: TARGETS, balance=lambda: STRATEGIES, loss=lambda: LOSSES, views=lambda: VIEWS, teacher=lambda: MODELS, name=lambda: GRIDS,
-    drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"), real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"))
+# option -> what may stand there, looked up when help is shown, so that additions of a plugin are listed too
+NAMES = dict(
+    target=lambda: TARGETS, balance=lambda: STRATEGIES, loss=lambda: LOSSES, views=lambda: VIEWS,
+    teacher=lambda: MODELS, name=lambda: GRIDS,
+    drawn=lambda: SOURCES.where(kind="noise") + SOURCES.where(kind="synthetic"),
+    real=lambda: SOURCES.where(kind="natural") + SOURCES.where(kind="file"),
+    made=lambda: SOURCES.where(kind="generated"))
 
 
 def _filled(text: str | None) -> str | None:
@@ -251,8 +270,10 @@ def _load_plugins(paths: list[Path] | None) -> None:
         for path in paths or (): load_plugin(path)
 
 
-Plugin = Annotated[list[Path] | None, typer.Option(help="A Python file that adds sources, losses, networks ...; may be given more than once.",
-                                                   callback=_load_plugins, is_eager=True, show_default=False)]
+Plugin = Annotated[list[Path] | None,
+                   typer.Option(help="A Python file that adds sources, losses, networks ...; "
+                                     "may be given more than once.",
+                                callback=_load_plugins, is_eager=True, show_default=False)]
 
 
 def _sized(text: str, field: str, more: str = ""):
@@ -260,7 +281,8 @@ def _sized(text: str, field: str, more: str = ""):
     return _unsaid(text, (f"{ours}" if ours == other else f"{ours} for digits, else {other}") + more)
 
 
-Root = Annotated[Path | None, _unsaid("Data root: downloaded sets and trained teachers", "$KD_ARBITRARY_DATA, else ./data")]
+Root = Annotated[Path | None,
+                 _unsaid("Data root: downloaded sets and trained teachers", "$KD_ARBITRARY_DATA, else ./data")]
 
 
 def _job_said(field: str):
@@ -273,12 +295,16 @@ def _numbers(text: str | None, kind: type, what: str) -> tuple | None:
     "Numbers with commas between them."
     if text is None: return None
     try: return tuple(kind(t) for t in text.split(","))
-    except ValueError: raise ValueError(f"{what} must be numbers with commas between them, got {text!r}; e.g. 3,32,32") from None
+    except ValueError:
+        raise ValueError(f"{what} must be numbers with commas between them, got {text!r}; e.g. 3,32,32") from None
 
 
 def _names(text: str | None) -> tuple[str, ...] | int | None:
-    "Names with commas between them, a file with a name on each line, or how many."
+    "Names with commas between them, a JSON list of them, a file with a name on each line, or how many."
     if text is None or text.isdigit(): return text and int(text)
+    if text.startswith("["):
+        try: return tuple(map(str, json.loads(text)))
+        except ValueError as e: raise ValueError(f"--classes is no JSON list of names: {e}") from None
     if Path(text).is_file(): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     return tuple(t.strip() for t in text.split(","))
 
@@ -297,7 +323,8 @@ def source_of(
 ) -> str | None:
     "The source text that is meant."
     if images is None: return source
-    if source is not None: raise ValueError("--images and --source both say where images come from; name one, or mix them in --source")
+    if source is not None:
+        raise ValueError("--images and --source both say where images come from; name one, or mix them in --source")
     if images.suffix.lower() in (".npz", ".npy"): return f"array(path={str(images)!r})"
     return f"folder(path={str(images)!r}" + (", strict=True)" if strict else ")")
 
@@ -307,12 +334,16 @@ def job_table(
 ) -> str:  # lines of text
     "What became of a job."
     percent = lambda x: "-" if x is None else f"{x:.2%}"
-    rows = [("teacher", record["teacher"]["spec"]), ("student", f"{record['student']['arch']}, {record['student']['parameters']:,} parameters"),
+    rows = [("teacher", record["teacher"]["spec"]),
+            ("student", f"{record['student']['arch']}, {record['student']['parameters']:,} parameters"),
             ("images", f"{len_of(record):,}, {record['job']['balance']}, of {record['job']['source']}"),
             ("agreement", f"{percent(record['agreement'])} of held-out images of the transfer set")]
-    if record.get("test"): rows.append(("accuracy", f"{percent(record['test']['accuracy'])} of {record['test']['n']:,} test images"))
-    rows.append(("teacher queries", f"{record['queries']:,}" + (f", {record['paid']:,} paid for" if record["paid"] is not None else "")))
-    if "export_differs" in record: rows.append(("export", f"logits differ by {record['export_differs']:.1e} at the most"))
+    if record.get("test"):
+        rows.append(("accuracy", f"{percent(record['test']['accuracy'])} of {record['test']['n']:,} test images"))
+    rows.append(("teacher queries",
+                 f"{record['queries']:,}" + (f", {record['paid']:,} paid for" if record["paid"] is not None else "")))
+    if "export_differs" in record:
+        rows.append(("export", f"logits differ by {record['export_differs']:.1e} at the most"))
     return "\n".join(f"{name:<18}{text}" for name, text in rows)
 
 
@@ -333,30 +364,46 @@ def distil_own(
     "Do a job and say what became of it."
     out.mkdir(parents=True, exist_ok=True)
     try: lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout: raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
-    with lock: record = execute_job(job, out, **options)
+    except Timeout:
+        raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
+    with lock:
+        record = execute_job(job, out, **options)
+        write_report(out)
     files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
-    typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json else f"{job_table(record)}\n\n{listing(files)}")
+    typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json
+               else f"{job_table(record)}\n\n{listing(files)}")
 
 
 @distill_app.command("kd_distill", cls=_Listing)
 def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
-    images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
-    source: Annotated[str | None, _unsaid(f"Where images come from: {{drawn}}; real pictures: {{real}}; "
-                                   f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}", MIXTURE)] = None,
-    balance: Annotated[str | None, _unsaid("How classes are made equally frequent: {balance}", "fill; repeat for a black box")] = None,
-    n: Annotated[int | None, _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,
-    epochs: Annotated[int | None, _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
-    views: Annotated[str | None, _unsaid("What happens to images in the loop: names joined by +, of {views}; or none", "affine+mixup; none for a black box with a budget")] = None,
+    images: Annotated[Path | None,
+                      _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
+    source: Annotated[str | None,
+                      _unsaid("Where images come from: {drawn}; real pictures: {real}; "
+                              "made by the teacher's gradients: {made}; "
+                                   f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}",
+                                   MIXTURE)] = None,
+    balance: Annotated[str | None,
+                       _unsaid("How classes are made equally frequent: {balance}",
+                               "fill; repeat for a black box")] = None,
+    n: Annotated[int | None,
+                 _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,
+    epochs: Annotated[int | None,
+                      _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
+    views: Annotated[str | None,
+                     _unsaid("What happens to images in the loop: names joined by +, of {views}; or none",
+                             "affine+mixup; none for a black box with a budget")] = None,
     relabel: Annotated[bool | None, _said("relabel")] = Run.relabel,
     cached_views: Annotated[int, _said("cached_views")] = Run.cached_views,
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,
     temperature: Annotated[float, _said("temperature")] = Run.temperature,
     batch_size: Annotated[int | None, _sized("Images per step", "batch_size")] = None,
     lr: Annotated[float | None, _sized("Peak learning rate", "lr")] = None,
-    teacher: Annotated[str | None, _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts, .pt2), torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; "
-                                           "or, for a target, its network: {teacher}", "the target's recipe")] = None,
+    teacher: Annotated[str | None,
+                       _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts, .pt2), torchvision:NAME, "
+                               "timm:NAME, hf:NAME, file.py:function, http://...; "
+                               "or, for a target, its network: {teacher}", "the target's recipe")] = None,
     teacher_seed: Annotated[int, _said("teacher_seed")] = Run.teacher_seed,
     teacher_bn: Annotated[str, _said("teacher_bn")] = Run.teacher_bn,
     student: Annotated[str | None, _said("student", ", as for --teacher")] = Run.student,
@@ -374,44 +421,61 @@ def kd_distill(
     input_range: Annotated[str, _option("What black and white are to your own teacher.")] = "0,1",
     multi_label: Annotated[bool, typer.Option("--multi-label", help=_job_said("multi_label").help)] = False,
     budget: Annotated[int | None, _job_said("budget")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a picture that cannot be used, instead of leaving it out.")] = False,
+    strict: Annotated[bool,
+                      typer.Option("--strict",
+                                   help="Refuse a picture that cannot be used, instead of leaving it out.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
     export: Annotated[str | None, _unsaid("Also write the student of your own teacher as: onnx, pt2", "no")] = None,
-    test: Annotated[Path | None, _unsaid("A folder with a sub-folder of pictures for each class, to judge that student by", "none")] = None,
+    test: Annotated[Path | None,
+                    _unsaid("A folder with a sub-folder of pictures for each class, to judge that student by",
+                            "none")] = None,
     out: Annotated[Path | None, _unsaid("Folder for all results; a run that is unfinished there goes on",
                                         "kd_out/TARGET-SOURCE-BALANCE-seedSEED")] = None,
     root: Root = None,
     device: Device = "auto",
-    threads: Annotated[int | None, _unsaid("Processor threads", "1 for gray targets, whose networks are too small for more; else all", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON object on stdout, and nothing else.")] = False,
+    threads: Annotated[int | None,
+                       _unsaid("Processor threads",
+                               "1 for gray targets, whose networks are too small for more; else all", min=1)] = None,
+    as_json: Annotated[bool,
+                       typer.Option("--json",
+                                    help="Print the records as one JSON object on stdout, and nothing else.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
     version: Version = False,
 ):
     """Distil a teacher without its data, and show what balance does.
 
-    Your own teacher: kd_distill --teacher model.onnx --images pictures --student torchvision:resnet18 --out run. Without --images, pictures are
-    drawn. A benchmark: a teacher of TARGET is trained (or read, if it was trained before). One student is taught with images of SOURCE as drawn, one with a
-    balanced set of them, and one with the target's own images as the upper bound. The same command again continues an unfinished run.
+    Your own teacher: kd_distill --teacher model.onnx --images pictures --student torchvision:resnet18 --out run.
+    Without --images, pictures are drawn. A benchmark: a teacher of TARGET is trained (or read, if it was trained
+    before). One student is taught with images of SOURCE as drawn, one with a balanced set of them, and one with the
+    target's own images as the upper bound. The same command again continues an unfinished run.
     """
     with exit_with(2, debug):
         said = {k: v for k, v in dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr).items() if v is not None}
-        shared = dict(relabel=relabel, cached_views=cached_views, loss=loss, temperature=temperature, bfloat16=bfloat16, limit=limit, empty=empty, seed=seed)
+        shared = dict(relabel=relabel, cached_views=cached_views, loss=loss, temperature=temperature, bfloat16=bfloat16,
+                      limit=limit, empty=empty, seed=seed)
         source, device = source_of(images, source, strict), _device(device)
         if is_own(teacher) and target is None:
             if export is not None: pick(dict.fromkeys(("onnx", "pt2")), export, "kind of export")
-            job = Job(**said, **shared, teacher=teacher, source=source, balance=balance, views=views, student=student, classes=_names(classes),
-                      input_shape=_numbers(input_shape, int, "--input-shape"), gives=gives, mean=_numbers(mean, float, "--mean"), std=_numbers(std, float, "--std"),
-                      input_range=_numbers(input_range, float, "--input-range"), multi_label=multi_label, allow_pickle=allow_pickle, budget=budget)
+            job = Job(**said, **shared, teacher=teacher, source=source, balance=balance, views=views, student=student,
+                      classes=_names(classes),
+                      input_shape=_numbers(input_shape, int, "--input-shape"), gives=gives,
+                      mean=_numbers(mean, float, "--mean"), std=_numbers(std, float, "--std"),
+                      input_range=_numbers(input_range, float, "--input-range"), multi_label=multi_label,
+                      allow_pickle=allow_pickle, budget=budget)
     if is_own(teacher) and target is None:
         if threads: torch.set_num_threads(threads)
         name = re.sub(r"[^\w.+=-]+", "_", teacher).strip("_")[-80:]
-        with exit_with(1, debug): distil_own(job, out or Path("kd_out") / name, as_json, root=root, device=device, export=export, test=test, show=not quiet)
+        with exit_with(1, debug):
+            distil_own(job, out or Path("kd_out") / name, as_json, root=root, device=device, export=export, test=test,
+                       show=not quiet)
         return
     with exit_with(2, debug):
         target, source = target or "digits", source or MIXTURE
-        run = Run(**settings(target, source) | said, **shared, target=target, source=source, balance=balance or Run.balance, views=views or Run.views,
-                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init, gives=gives or Run.gives)
+        run = Run(**settings(target, source) | said, **shared, target=target, source=source,
+                  balance=balance or Run.balance, views=views or Run.views,
+                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init,
+                  gives=gives or Run.gives)
         runs, out = comparison(run), out or default_out(run)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
         if (out / "run.json").exists(): claim(out, asdict(run))
@@ -419,7 +483,9 @@ def kd_distill(
         claim(out, asdict(run))
         records = compare(runs, out, root, device, not quiet)
         files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
-        if as_json: typer.echo(json.dumps(dict(out=str(out), teacher=next(iter(records.values()))["teacher"]) | records | dict(files=files)))
+        if as_json:
+            typer.echo(json.dumps(dict(out=str(out), teacher=next(iter(records.values()))["teacher"]) | records
+                                  | dict(files=files)))
         else: typer.echo(f"{table(records)}\n\n{listing(files)}")
 
 # %% ../nbs/01_cli.ipynb #cli-grid
@@ -437,7 +503,9 @@ def workers(
                                  initializer=_load_plugins, initargs=(plugins,)) as pool: yield pool
     else:
         try: from distributed import Client
-        except ImportError: raise ValueError("the executor 'dask' needs the package distributed; install it with: pip install distributed") from None
+        except ImportError:
+            raise ValueError("the executor 'dask' needs the package distributed; "
+                             "install it with: pip install distributed") from None
         local = dict(n_workers=count, threads_per_worker=1, dashboard_address=None)
         with Client(scheduler) if scheduler else Client(**local) as client:
             if plugins: client.run(_load_plugins, plugins)
@@ -451,7 +519,9 @@ def _chosen(
     "The runs of a grid that are meant; at least one."
     runs = GRIDS.pick(name)()
     found = select(runs, only)
-    if not found: raise ValueError(f"no run of {name} fits {only!r}; a word is a value or field=value, as in 'mnist pyramid seed=0'")
+    if not found:
+        raise ValueError(f"no run of {name} fits {only!r}; "
+                         "a word is a value or field=value, as in 'mnist pyramid seed=0'")
     return found
 
 
@@ -472,7 +542,9 @@ def _duration(
 # %% ../nbs/01_cli.ipynb #cli-experiment
 experiment_app = _app("Run grids of distillations and show what came out. Grids: {name}.")
 Name = Annotated[str, typer.Argument(help="A grid: {name}.")]
-Only = Annotated[str | None, typer.Option(help="Only runs that fit all words; a word is a value or field=value, as in 'mnist pyramid seed=0'.")]
+Only = Annotated[str | None,
+                 typer.Option(help="Only runs that fit all words; "
+                                   "a word is a value or field=value, as in 'mnist pyramid seed=0'.")]
 Results = Annotated[Path, typer.Option(help="Folder with a folder of records for each grid.")]
 RESULTS = Path("data/results")
 
@@ -482,7 +554,8 @@ def _experiment(version: Version = False): pass
 
 
 @experiment_app.command("list", cls=_Listing)
-def list_grids(plugin: Plugin = None, only: Only = None, results: Results = RESULTS, device: Device = "cpu", debug: Debug = False):
+def list_grids(plugin: Plugin = None, only: Only = None, results: Results = RESULTS, device: Device = "cpu",
+               debug: Debug = False):
     "Show all grids: what they ask, runs, steps and seconds a run, and how long what is left takes on one core."
     with exit_with(1, debug):
         torch.set_num_threads(1)
@@ -503,11 +576,14 @@ def _listed(
     "A grid in numbers, and what it asks."
     known = {run.key: s for run, s in zip(runs, seconds) if s is not None}
     left = sum(s for key, s in known.items() if states[key] != "done")
-    times = (f"{sum(known.values()) / len(known):,.1f}", _duration(sum(known.values())), _duration(left)) if known else ("-", "-", "-")
+    times = ((f"{sum(known.values()) / len(known):,.1f}", _duration(sum(known.values())), _duration(left)) if known
+             else ("-", "-", "-"))
     rest = [run for run in runs if run.key not in known]
-    note = f"{len(rest):,} runs, {sum(step_flops(run) * updates(run) for run in rest) / 1e15:,.1f} PFLOP" if rest else ""
-    row = f"{name:<18}{len(runs):>6,}{sum(map(updates, runs)) / len(runs):>13,.0f}" + "{:>9}{:>11}{:>11}   ".format(*times) + note
-    return row.rstrip() + f"\n    {GRIDS[name].__doc__ or ''}".rstrip()
+    note = (f"{len(rest):,} runs, {sum(step_flops(run) * updates(run) for run in rest) / 1e15:,.1f} PFLOP" if rest
+            else "")
+    row = (f"{name:<18}{len(runs):>6,}{sum(map(updates, runs)) / len(runs):>13,.0f}"
+           + "{:>9}{:>11}{:>11}   ".format(*times) + note)
+    return row.rstrip() + f"\n    {' '.join((GRIDS[name].__doc__ or '').split())}".rstrip()
 
 
 @experiment_app.command("run", cls=_Listing)
@@ -517,7 +593,8 @@ def run_experiment(
     only: Only = None,
     executor: Annotated[str, typer.Option(help="Who does the work: none (this process), processes, dask.")] = "none",
     count: Annotated[int, typer.Option("--workers", help="Worker processes, one thread each.", min=1)] = 2,
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, for --executor dask on a cluster.")] = None,
+    scheduler: Annotated[str | None,
+                         typer.Option(help="Address of a Dask scheduler, for --executor dask on a cluster.")] = None,
     results: Results = RESULTS,
     work: Annotated[Path | None, _unsaid("Folder for checkpoints of unfinished runs", "with the records")] = None,
     root: Root = None,
@@ -532,7 +609,8 @@ def run_experiment(
     with exit_with(1, debug):
         for attempt in range(3):                     # a killed worker takes its pool along; a new one goes on
             with workers(executor, count, scheduler, plugin) as pool:
-                run_grid(runs, results / name, root=root, executor=pool, work=work, threads=pool and 1, device=device, show=not quiet)
+                run_grid(runs, results / name, root=root, executor=pool, work=work, threads=pool and 1, device=device,
+                         show=not quiet)
             states = grid_status(runs, results / name)
             if "not run" not in states.values(): break
         typer.echo(f"{name}: {_counted(states)}")
@@ -547,7 +625,8 @@ def _tell_failures(
     "A line on stderr for every failed run."
     keys = {run.key: run for run in runs}
     for r in read_records(folder):
-        if r["status"] == "failed" and r["key"] in keys: _say(f"failed: {keys[r['key']]}: {r['error']['type']}: {r['error']['message']}")
+        if r["status"] == "failed" and r["key"] in keys:
+            _say(f"failed: {keys[r['key']]}: {r['error']['type']}: {r['error']['message']}")
 
 
 @experiment_app.command("status", cls=_Listing)
@@ -571,11 +650,13 @@ def show_table(
     name: Name,
     plugin: Plugin = None,
     only: Only = None,
-    value: Annotated[str, typer.Option(help="What stands in the cells: accuracy, agreement, entropy, queries, seconds ...")] = "accuracy",
+    value: Annotated[str, typer.Option(help="What stands in the cells: accuracy, agreement, entropy, queries, "
+                                            "seconds ...")] = "accuracy",
     results: Results = RESULTS,
     debug: Debug = False,
 ):
-    "Show the results of a grid: mean, standard deviation and number of runs of each cell; what was not run is shown as that."
+    """Show the results of a grid: mean, standard deviation and number of runs of each cell;
+    what was not run is shown as that."""
     with exit_with(2, debug): runs = _chosen(name, only)
     with exit_with(1, debug): typer.echo(grid_table(runs, read_records(results / name), value).to_string())
 
@@ -585,10 +666,12 @@ def grid_table(
     records: list[dict],  # those there are
     value: str = "accuracy",  # a column of `records_frame`
 ):  # a table of text
-    "One row for each combination of what varies in the grid, one column for each way to balance; blank where the grid has no run."
+    """One row for each combination of what varies in the grid, one column for each way to balance;
+    blank where the grid has no run."""
     frame = grid_frame(runs, records)
     own = frame[~frame.source.isin(GIVEN)] if set(frame.source) - set(GIVEN) else frame
-    varies = [k for k in SETTING if k not in ("balance", "source") and (own.groupby("balance")[k].nunique(dropna=False) > 1).any()]
+    varies = [k for k in SETTING if k not in ("balance", "source")
+              and (own.groupby("balance")[k].nunique(dropna=False) > 1).any()]
     shares = value in ("accuracy", "accuracy_best", "agreement", "ece")
     table = results_table(frame, [*varies, "source"], ["balance"], value, percent=shares, absent="")
     return table.rename_axis(index=dict(updates_aim="updates"))
@@ -599,9 +682,14 @@ diagnose_app = _app()
 
 @diagnose_app.command("kd_diagnose", cls=_Listing)
 def kd_diagnose(
-    teacher: Annotated[str, _option("As for kd_distill: a file, torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; or a target, whose published or trained teacher is meant.")],
-    images: Annotated[Path | None, _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
-    source: Annotated[str | None, _unsaid("Where images would come from: {drawn}; real pictures: {real}; or a weighted sum", MIXTURE)] = None,
+    teacher: Annotated[str, _option("As for kd_distill: a file, torchvision:NAME, timm:NAME, hf:NAME, "
+                                    "file.py:function, http://...; "
+                                    "or a target, whose published or trained teacher is meant.")],
+    images: Annotated[Path | None,
+                      _unsaid("Your own pictures: a folder, a .zip or .tar archive, or a NumPy file", "none")] = None,
+    source: Annotated[str | None,
+                      _unsaid("Where images would come from: {drawn}; real pictures: {real}; "
+                              "made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
     n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
     sample: Annotated[int, _option("Images to look at.")] = 2_000,
     classes: Annotated[str | None, _job_said("classes")] = None,
@@ -615,14 +703,44 @@ def kd_diagnose(
     debug: Debug = False,
     version: Version = False,
 ):
-    """Look before you leap: what a teacher sees in a source, and what balance would cost. Nothing is trained, nothing is written."""
-    with exit_with(2, debug): source, shape, names = source_of(images, source, False), _numbers(input_shape, int, "--input-shape"), _names(classes)
+    """Look before you leap: what a teacher sees in a source, and what balance would cost. Nothing
+    is trained, nothing is written."""
+    with exit_with(2, debug):
+        source, shape, names = source_of(images, source, False), _numbers(input_shape, int,
+                                                                          "--input-shape"), _names(classes)
     with exit_with(1, debug):
         torch.set_num_threads(1)
         if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, show=False)
         else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
-        found = diagnose(make_source(source or MIXTURE, who.input_shape, root), who, n, sample, seed)
+        found = diagnose(make_source(source or MIXTURE, who.input_shape, root, teacher=who, n=sample, seed=seed), who,
+                         n, sample, seed)
         typer.echo(json.dumps(asdict(found)) if as_json else str(found))
+
+
+report_app = _app()
+
+
+@report_app.command("kd_report", cls=_Listing)
+def kd_report(
+    run: Annotated[Path, typer.Argument(
+        help="The folder of a run (the --out of kd_distill), of one student in it, or a record of a grid.")],
+    out: Annotated[Path | None, _unsaid("Where the page goes", "report.html in that folder")] = None,
+    as_json: Annotated[bool, typer.Option(
+        "--json", help="Print what the report says as one JSON object, and write nothing.")] = False,
+    debug: Debug = False,
+    version: Version = False,
+):
+    """Write the report of a finished run: one HTML page that needs no network.
+
+    It shows what went in, classes before and after, images, agreement, cost, and the command that repeats it.
+    """
+    with exit_with(2, debug): find_runs(run)
+    with exit_with(1, debug): typer.echo(json.dumps(report_data(run)) if as_json else str(write_report(run, out)))
+
+
+def report_main() -> None:
+    "The command `kd_report`."
+    report_app(prog_name="kd_report")
 
 
 def distill_main() -> None:
@@ -640,4 +758,5 @@ def experiment_main() -> None:
     experiment_app(prog_name="kd_experiment")
 
 
-if __name__ == "__main__" and "__file__" in globals(): distill_main()  # python -m kd_arbitrary.cli, but not in a notebook
+# python -m kd_arbitrary.cli, but not in a notebook
+if __name__ == "__main__" and "__file__" in globals(): distill_main()

@@ -65,3 +65,13 @@ def test_seeds_and_drawing_ahead_run():
     before = torch.get_num_threads()
     for report in ahead(work, 100, 1, "gaussian") + threads(work, 16, 1, 1): assert report["unit"] == "wall" and len(report["runs"]) > 1
     assert torch.get_num_threads() == before
+
+
+def test_a_look_at_the_sources(tmp_path):
+    from benchmarks.sources import main as look
+    path = look(f"--target digits --sample 100 --sources gaussian strokes --no-batch-statistics --out {tmp_path}".split())
+    record = json.loads(path.read_text())
+    assert [r["source"] for r in record["rows"]] == ["gaussian", "strokes", "original"]
+    noise, drawn, real = record["rows"]
+    assert sum(noise["counts"]) == 100 and noise["entropy"] < real["entropy"] and noise["confidence"] < real["confidence"]
+    assert all(r["images_per_second"] > 100 and 0 <= r["rarest"] <= 0.1 for r in record["rows"])

@@ -68,6 +68,12 @@ def test_outputs_name_no_machine():
     assert [path.name for path in NOTEBOOKS if private.search(texts(path))] == [], "run tools/run_notebooks.py"
 
 
+@pytest.mark.parametrize("path", [p for p in sorted(LIBRARY.rglob("*.py")) if p.name != "_modidx.py"], ids=lambda p: p.stem)
+def test_lines_fit_beside_another_file(path):
+    lines = [line for line in path.read_text().split("\n") if not line.startswith("__all__")]   # nbdev breaks that one late
+    assert [line for line in lines if len(line) > 120] == [], "split it: one idea a line"
+
+
 def test_notebooks_have_names_that_sort():
     wrong = [p.name for p in NOTEBOOKS if p.name != "index.ipynb" and not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", p.name)]
     assert wrong == [], "two digits say the order of reading, no letters"

@@ -19,7 +19,8 @@ from torch import Tensor
 from .noise import SOURCES
 
 # %% ../../nbs/pictures/02_drawing.ipynb #draw-registry
-SYNTHETIC = SOURCES.kind("synthetic")  # pictures that a program draws: functions (n, shape, generator, *, options) -> [n, *shape] uint8
+# pictures that a program draws: functions (n, shape, generator, *, options) -> [n, *shape] uint8
+SYNTHETIC = SOURCES.kind("synthetic")
 
 # %% ../../nbs/pictures/02_drawing.ipynb #draw-check
 def check_shape(

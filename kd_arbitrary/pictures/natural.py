@@ -63,6 +63,8 @@ OFFICIAL = {
     "svhn": Official(lambda r, d: tvd.SVHN(r, "train", download=d), ".", ("train_32x32.mat",),
                      "http://ufldl.stanford.edu/housenumbers/"),
     "kmnist": Official(lambda r, d: tvd.KMNIST(r, download=d), "KMNIST/raw", _IDX, tvd.KMNIST.mirrors[0]),
+    "kmnist_test": Official(lambda r, d: tvd.KMNIST(r, train=False, download=d), "KMNIST/raw", _IDX,
+                            tvd.KMNIST.mirrors[0]),
     "emnist": Official(lambda r, d: tvd.EMNIST(r, "letters", download=d), "EMNIST/raw",
                        ("gzip.zip",), tvd.EMNIST.url),
     "omniglot": Official(lambda r, d: tvd.Omniglot(r, download=d), "omniglot-py", ("images_background.zip",),
@@ -110,8 +112,10 @@ def fetch(
             with _quietly(timeout): return o.open(root, True)
         except _FAILED as e: why = e
     missing = [f for f in o.files if not (folder / f).is_file()]
+    there = ", ".join(f"{f} with {(folder / f).stat().st_size:,} bytes" for f in o.files if f not in missing)
     told = f"missing {', '.join(missing)} in {folder}" if missing else \
-        f"the files in {folder} are damaged, or not unpacked yet (download=True unpacks them)"
+        (f"what lies in {folder} ({there}) was downloaded in part, or is damaged, or not unpacked yet "
+         "(download=True unpacks it, or fetches it again)")
     raise FileNotFoundError(
         f"{name} cannot be read: {told}. Put the official {', '.join(o.files)} there (from {o.source})"
         f"{o.hint and ', ' + o.hint}. Download {'failed' if download else 'is switched off'}: {why}") from why
@@ -176,7 +180,8 @@ def load_array(
             with x as archive:
                 if "images" not in archive:
                     raise ValueError(f"it has no array `images`, only {', '.join(archive) or 'nothing'}")
-                need_memory(2 * archive.zip.getinfo("images.npy").file_size, "unpacking it", "cut it into several files")
+                need_memory(2 * archive.zip.getinfo("images.npy").file_size, "unpacking it",
+                            "cut it into several files")
                 x = archive["images"]
         if not isinstance(x, np.ndarray): raise ValueError("what it holds is no array")
     except Exception as e:                                                    # a broken file may raise anything
@@ -190,7 +195,8 @@ def load_array(
 
 # %% ../../nbs/pictures/05_natural.ipynb #data-picture
 PIXELS = 64_000_000  # largest picture that is opened
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # what is opened at all: none of these can hold a program
+# what is opened at all: none of these can hold a program
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 
 
 def _opened(
@@ -257,7 +263,8 @@ def _members(
             for name in sorted(n for n in z.namelist() if wanted(n)): yield f"{path}/{name}", partial(z.open, name)
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as t:
-            for m in sorted((m for m in t if m.isfile() and wanted(m.name)), key=lambda m: m.name): yield f"{path}/{m.name}", partial(t.extractfile, m)
+            for m in sorted((m for m in t if m.isfile() and wanted(m.name)), key=lambda m: m.name):
+                yield f"{path}/{m.name}", partial(t.extractfile, m)
     else: raise ValueError(f"{path} is neither a folder nor a .zip or .tar archive")
 
 
@@ -277,9 +284,13 @@ def load_folder(
         except (ValueError, OSError, zipfile.BadZipFile, RuntimeError) as e:
             if strict: raise ValueError(str(e)) from e
             skipped.append(str(e))
-    if not pictures and not skipped: raise ValueError(f"{path} holds no pictures; expected files like *{', '.join(SUFFIXES)}")
-    if not pictures: raise ValueError(f"none of the {len(skipped)} pictures in {path} can be used, the first: {skipped[0]}")
-    if skipped: warnings.warn(f"{len(skipped)} of {len(skipped) + len(pictures)} pictures are left out: {'; '.join(skipped[:3])}", stacklevel=2)
+    if not pictures and not skipped:
+        raise ValueError(f"{path} holds no pictures; expected files like *{', '.join(SUFFIXES)}")
+    if not pictures:
+        raise ValueError(f"none of the {len(skipped)} pictures in {path} can be used, the first: {skipped[0]}")
+    if skipped:
+        warnings.warn(f"{len(skipped)} of {len(skipped) + len(pictures)} pictures are left out: "
+                      f"{'; '.join(skipped[:3])}", stacklevel=2)
     channels = max(len(p) for p in pictures)
     return torch.stack([p.expand(channels, -1, -1) for p in pictures])
 
@@ -320,7 +331,8 @@ def pictures(
     return torch.stack(crops)
 
 # %% ../../nbs/pictures/05_natural.ipynb #data-unrelated
-KIN = tuple("bicycle bus motorcycle pickup_truck train lawn_mower rocket streetcar tank tractor leopard lion tiger wolf fox cattle".split())
+KIN = tuple("bicycle bus motorcycle pickup_truck train lawn_mower rocket streetcar tank tractor leopard lion tiger "
+            "wolf fox cattle".split())
 
 
 def cifar100_unrelated(

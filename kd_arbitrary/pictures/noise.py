@@ -18,7 +18,8 @@ from torch import Tensor
 from ..core import Registry
 
 # %% ../../nbs/pictures/01_noise.ipynb #noise-registry
-SOURCES = Registry("source")  # all that images can be drawn from; the fact `kind` says which of the four signatures it has
+# all that images can be drawn from; the fact `kind` says which of the four signatures it has
+SOURCES = Registry("source")
 NOISE = SOURCES.kind("noise")  # functions (n, shape, generator, *, options) -> [n, *shape]
 
 # %% ../../nbs/pictures/01_noise.ipynb #noise-per-image

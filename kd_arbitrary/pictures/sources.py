@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'FILES', 'share', 'Part', 'Source', 'levels', 'crops', 'fitted', 'array', 'folder', 'one_picture',
-           'parse_source', 'shorten', 'options', 'make_part', 'make_source', 'normalised']
+           'parse_source', 'shorten', 'options', 'bound', 'named', 'make_part', 'make_source', 'normalised']
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-imports
 import ast
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core import adapt, check_images, generator, pick
 from .natural import load_array, load_folder, load_picture
 from .noise import SOURCES, Range, in_chunks, per_image
-from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all of them enter SOURCES
+from .programs import SYNTHETIC  # noqa: F401, the last page of drawn pictures: all enter SOURCES
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-share
 def share(
@@ -45,26 +45,32 @@ def share(
 class Part:
     "One source that is not a mixture."
     text: str  # rebuilds it
-    kind: str  # "noise", "synthetic" or "natural"
-    take: Callable | Tensor = field(repr=False)  # (n, generator) -> images; or all of a finite part
+    kind: str  # "noise", "synthetic", "natural" or "generated"
+    # (n, generator) -> images; or all of a finite part; or a lazy one of those, with a length and a price
+    take: Callable | Tensor = field(repr=False)
     dtype: torch.dtype = torch.uint8  # of its images
 
     @property
     def size(self) -> int | None:
         "Number of images; None: endless."
-        return len(self.take) if isinstance(self.take, Tensor) else None
+        return len(self.take) if hasattr(self.take, "__len__") else None
 
 
 @dataclass(frozen=True)
 class Source:
     "Something images can be drawn from; made by `make_source`."
     text: str  # rebuilds the source: make_source(source.text, source.shape)
-    kind: str = field(compare=False)  # "noise", "synthetic", "natural" or "mixture"
+    kind: str = field(compare=False)  # "noise", "synthetic", "natural", "generated" or "mixture"
     shape: tuple[int, int, int]  # (C, H, W) of its images
     parts: tuple[str, ...] = field(compare=False)  # texts of the parts; an origin is an index into them
     size: int | None = field(compare=False)  # number of images; None: endless
     weights: tuple[float, ...] = field(compare=False)  # shares of the parts, sum 1
     pieces: tuple[Part, ...] = field(compare=False, repr=False)  # what the images are taken from
+
+    def made(self) -> dict:  # queries, gradients, seconds; empty where nothing is generated
+        "What the generated parts cost in all; those that are not there yet are made now."
+        prices = [p.take.price for p in self.pieces if hasattr(p.take, "price")]
+        return {k: sum(price[k] for price in prices) for k in prices[0]} if prices else {}
 
     def draw(self,
         n: int,  # number of images, at most `size`
@@ -163,7 +169,8 @@ def crops(
     return out
 
 # %% ../../nbs/pictures/06_sources.ipynb #sources-files
-FILES = SOURCES.kind("file")  # what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+# what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], or a function to draw with
+FILES = SOURCES.kind("file")
 
 
 def fitted(
@@ -247,18 +254,13 @@ def options(
     return {p.name: p.default for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def make_part(
-    name: str,  # as in `SOURCES`
+def bound(
+    name: str,  # of a source or a rival
+    known: dict,  # its parameters, as `options` gives them
     arguments: list,  # parameter values in the order of the signature
     keywords: dict,  # parameter values by name
-    shape: tuple[int, int, int],  # (C, H, W)
-    root: str | Path | None = None,  # the data root
-    download: bool = True,  # may missing sets be downloaded?
-) -> Part:
-    "One part of a source, tried out with one image."
-    f = SOURCES.pick(name)
-    kind = SOURCES.facts[name]["kind"]
-    known = {} if kind == "natural" else options(f)
+) -> tuple[str, dict]:  # its text in one form, and the parameters that are given, by name
+    "What is written in parentheses, checked against the parameters there are."
     if len(arguments) > len(known) or keywords and not known:
         takes = "the parameters " + ", ".join(known) if known else "no parameters"
         raise ValueError(f"{name} takes {takes}; got {', '.join(map(str, [*arguments, *keywords]))}")
@@ -269,9 +271,34 @@ def make_part(
     if lacking := [k for k, v in known.items() if v is inspect.Parameter.empty and k not in given]:
         raise ValueError(f"{name} needs {', '.join(lacking)}, e.g. {name}({lacking[0]}='...')")
     inside = ", ".join(f"{k}={v!r}" for k, v in given.items())
-    text = f"{name}({inside})" if given else name
+    return f"{name}({inside})" if given else name, given
+
+
+def named(
+    name: str,  # as in `SOURCES`
+    arguments: list,  # parameter values in the order of the signature
+    keywords: dict,  # parameter values by name
+) -> tuple[str, dict]:  # as `bound`
+    "The text of a part in one form, and its parameters; nothing is opened."
+    f = SOURCES.pick(name)
+    return bound(name, {} if SOURCES.facts[name]["kind"] == "natural" else options(f), arguments, keywords)
+
+
+def make_part(
+    name: str,  # as in `SOURCES`
+    arguments: list,  # parameter values in the order of the signature
+    keywords: dict,  # parameter values by name
+    shape: tuple[int, int, int],  # (C, H, W)
+    root: str | Path | None = None,  # the data root
+    download: bool = True,  # may missing sets be downloaded?
+    **making,  # teacher, n, seed and show, for a generated part
+) -> Part:
+    "One part of a source; what is drawn is tried out with one image."
+    text, given = named(name, arguments, keywords)
+    f, kind = SOURCES[name], SOURCES.facts[name]["kind"]
     try:
-        take = _OPEN[kind](f, shape, root, download, given)
+        take = _OPEN[kind](f, shape, root, download, given, making)
+        if kind == "generated": return Part(text, kind, take)
         if not isinstance(take, Tensor): take = _with_shape(take, shape)
         first = take[:1] if isinstance(take, Tensor) else take(1, generator(0))
         return Part(text, "natural" if kind == "file" else kind, take, check_images(first, shape).dtype)
@@ -279,10 +306,11 @@ def make_part(
 
 
 _OPEN = dict(  # kind -> what becomes of a source of it: all its images, or a function to draw with
-    noise=lambda f, shape, root, download, given: partial(f, **given),
-    synthetic=lambda f, shape, root, download, given: partial(f, **given),
-    natural=lambda f, shape, root, download, given: fitted(f(root, download), shape),
-    file=lambda f, shape, root, download, given: f(shape, root, **given),
+    noise=lambda f, shape, root, download, given, making: partial(f, **given),
+    synthetic=lambda f, shape, root, download, given, making: partial(f, **given),
+    natural=lambda f, shape, root, download, given, making: fitted(f(root, download), shape),
+    file=lambda f, shape, root, download, given, making: f(shape, root, **given),
+    generated=lambda f, shape, root, download, given, making: f(shape, root, given, **making),
 )
 
 
@@ -296,6 +324,12 @@ def make_source(
     shape: tuple[int, int, int],  # (C, H, W) of the images wanted, usually the teacher's `input_shape`
     root: str | Path | None = None,  # the data root; None: `$KD_ARBITRARY_DATA`, else ./data
     download: bool = True,  # may missing natural sets be downloaded?
+    *,
+    teacher=None,  # a `Teacher` for generated parts, and only for them
+    # images a set should have: a generated part makes its share of them, unless its own text says how many
+    n: int | None = None,
+    seed: int = 0,  # of generated images
+    show: bool = False,  # a progress bar while they are made
 ) -> Source:
     "The source that a text describes."
     shape = tuple(shape)
@@ -304,14 +338,15 @@ def make_source(
     if isinstance(text, Source):
         if text.shape == shape: return text
         text = text.text
-    weights, pieces = {}, {}
+    weights, terms = {}, {}
     for weight, name, arguments, keywords in parse_source(text):
-        part = make_part(name, arguments, keywords, shape, root, download)
-        pieces.setdefault(part.text, part)
-        weights[part.text] = weights.get(part.text, 0) + weight
-    if len(pieces) > 256: raise ValueError(f"a source has at most 256 parts, got {len(pieces)}; leave some out")
-    shares = normalised(list(weights.values()))
-    parts, pieces = tuple(pieces), tuple(pieces.values())
+        part, given = named(name, arguments, keywords)
+        terms.setdefault(part, (name, [], given))
+        weights[part] = weights.get(part, 0) + weight
+    if len(terms) > 256: raise ValueError(f"a source has at most 256 parts, got {len(terms)}; leave some out")
+    shares, parts = normalised(list(weights.values())), tuple(terms)
+    pieces = tuple(make_part(*term, shape, root, download, teacher=teacher, n=n and math.ceil(n * w), seed=seed,
+                             show=show) for term, w in zip(terms.values(), shares))
     sizes = [p.size for p in pieces]
     return Source(" + ".join(f"{w:.6g}*{t}" for w, t in zip(shares, parts)) if len(parts) > 1 else parts[0],
                   "mixture" if len(parts) > 1 else pieces[0].kind, shape, parts,

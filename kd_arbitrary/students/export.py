@@ -39,11 +39,15 @@ def make_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            if library == "timm": net = need("timm", "timm").create_model(name, pretrained=False, num_classes=num_classes, in_chans=shape[0])
+            if library == "timm":
+                net = need("timm", "timm").create_model(name, pretrained=False, num_classes=num_classes,
+                                                        in_chans=shape[0])
             else:
                 from torchvision.models import get_model
                 net = get_model(name, weights=None, num_classes=num_classes)
-        except (ValueError, RuntimeError, KeyError) as e: raise ValueError(f"{library} has no network {name!r}: {e}; expected one of {', '.join(MODELS)}, or another name") from e
+        except (ValueError, RuntimeError, KeyError) as e:
+            raise ValueError(f"{library} has no network {name!r}: {e}; "
+                             f"expected one of {', '.join(MODELS)}, or another name") from e
     front = [Normalize()] + ([_Colours()] if library == "torchvision" and shape[0] == 1 else [])
     return nn.Sequential(*front, net)
 
@@ -66,7 +70,8 @@ def load_student(
     tensors, card = load_tensors(path, "model")
     model = make_student(card["arch"], tuple(card["shape"]), len(card["classes"]))
     try: model.load_state_dict(tensors)
-    except RuntimeError as e: raise ValueError(f"{path} is damaged: its weights are not those of {card['arch']}: {e}") from None
+    except RuntimeError as e:
+        raise ValueError(f"{path} is damaged: its weights are not those of {card['arch']}: {e}") from None
     return model.eval(), card
 
 # %% ../../nbs/students/04_export.ipynb #export-onnx
@@ -100,7 +105,9 @@ def export_student(
         want, part = model(images), Path(d) / path.name
         got = write(portable(model), images, part, classes)
         off = float((got - want).abs().max() / want.abs().max().clamp_min(1e-9))
-        if not off <= TOLERANCE: raise ValueError(f"the export to {path} answers otherwise than the student: logits differ by {off:.1%}; it is not kept")
+        if not off <= TOLERANCE:
+            raise ValueError(f"the export to {path} answers otherwise than the student: logits differ by {off:.1%}; "
+                             "it is not kept")
         part.replace(path)
     return off
 

@@ -22,7 +22,9 @@ def soften(
     return ((scores if gives == "logits" else scores.clamp_min(1e-12).log()) / temperature).softmax(1)
 
 # %% ../../nbs/students/01_losses.ipynb #distill-losses
-LOSSES = Registry("loss")  # functions (student logits, scores, gives, temperature) -> scalar; the fact `logits` marks those that need the teacher's
+# functions (student logits, scores, gives, temperature) -> scalar; the fact `logits`
+# marks those that need the teacher's
+LOSSES = Registry("loss")
 
 
 @LOSSES.add

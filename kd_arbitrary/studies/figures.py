@@ -35,12 +35,14 @@ FIGURES = Registry("figure")  # functions of transfer sets, reports or tables of
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-style
 INK, LINE, GROUND = "#333333", "#8a8d91", "#c4c7cb"  # text, auxiliary lines, what is only background
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"  # Okabe and Ito
+# Okabe and Ito
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 COLOURS = dict(none=LINE, quota=SKY, repeat=ORANGE, reweight=PURPLE, fill=BLUE,
                noise=LINE, synthetic=BLUE, natural=GREEN, mixture=PURPLE, other=ORANGE)
 STYLE = {"font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7.5, "legend.frameon": False,
-         "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": LINE, "hatch.linewidth": 0.6}
+         "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": LINE,
+         "hatch.linewidth": 0.6}
 DPI = 100
 
 
@@ -68,7 +70,8 @@ def plain_log(
 ) -> None:
     "A logarithmic axis that is labelled with plain numbers."
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5) if high > 8 * low
+                                      else (1, 1.5, 2, 3, 4, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -90,7 +93,8 @@ def _pictures(
     x, note = to_float(check_images(images)), ""
     if not len(x): return np.zeros((0, 1, 1, 3)), note
     low, high = x.min().item(), x.max().item()
-    if low < 0 or high > 1: x, note = (x - low) / max(high - low, 1e-9), f"{low:.1f} to {high:.1f} shown as black to white"
+    if low < 0 or high > 1:
+        x, note = (x - low) / max(high - low, 1e-9), f"{low:.1f} to {high:.1f} shown as black to white"
     return x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy(), note
 
 
@@ -140,7 +144,8 @@ def sheet(
     for i, picture in enumerate(pictures):
         left, top = i % columns + 0.03, i // columns * pitch + head + 0.03
         _tile(ax, picture, left, top)
-        if i < len(titles): ax.text(left + 0.47, top - 0.05, titles[i], ha="center", va="bottom", fontsize=7, clip_on=False)
+        if i < len(titles):
+            ax.text(left + 0.47, top - 0.05, titles[i], ha="center", va="bottom", fontsize=7, clip_on=False)
     if above: fig.text(0.03 / columns, 1 - share / 2, ", ".join(filter(None, (title, note))), va="center", fontsize=8)
     return fig
 
@@ -175,7 +180,8 @@ def class_histogram(
     "Images per predicted class, one panel a set, with the entropy of each histogram."
     if not sets: raise ValueError("there are no transfer sets to draw; expected at least one")
     longest = max(len(str(name)) for ts in sets.values() for name in ts.info.get("classes", "x"))
-    fig, axes = figure(max(2.6, min(8, 1.65 * len(sets))), 1.8 + 0.06 * min(longest, 14) * (longest > 2), 1, len(sets), sharey=True)
+    fig, axes = figure(max(2.6, min(8, 1.65 * len(sets))), 1.8 + 0.06 * min(longest, 14) * (longest > 2), 1, len(sets),
+                       sharey=True)
     for ax, (name, ts) in zip(axes, sets.items()):
         counts = _counts(ts)
         ax.bar(range(len(counts)), counts, width=0.8, color=colours_of([name])[name] if name in COLOURS else BLUE)
@@ -230,7 +236,9 @@ def _summary_block(
             left = (column + 0.5) * pitch + (i % across - across / 2) * (side + 0.03) + 0.015
             y = top + i // across * (side + 0.03)
             if i < len(own): _tile(ax, next(pictures), left, y, side, side)
-            else: ax.add_patch(Rectangle((left, y), side, side, fill=False, edgecolor=GROUND, linewidth=0.8, linestyle=(0, (3, 3))))
+            else:
+                ax.add_patch(Rectangle((left, y), side, side, fill=False, edgecolor=GROUND, linewidth=0.8,
+                                       linestyle=(0, (3, 3))))
 
 
 @FIGURES.add
@@ -259,11 +267,15 @@ def summary(
     for top, ts, text, colour in (0, before, "as drawn", LINE), (block + gap, after, "balanced", BLUE):
         _summary_block(ax, ts, shown.tolist(), top, rows, pitch, side)
         ax.add_patch(Rectangle((-0.16, top), 0.045, block - 0.03, color=colour, clip_on=False))
-        ax.text(-0.24, top + block / 2, text, rotation=90, ha="right", va="center", color=colour, fontweight="bold", fontsize=8.5)
+        ax.text(-0.24, top + block / 2, text, rotation=90, ha="right", va="center", color=colour, fontweight="bold",
+                fontsize=8.5)
     fontsize = min(8.5, 72 * pitch / 0.72 / max(map(len, names)))
-    for i, name in enumerate(names): ax.text((i + 0.5) * pitch, -0.05, name, ha="center", va="bottom", fontsize=fontsize, fontweight="bold")
-    fig.text(left / 8, 1 - 0.2 / height, title or after.info.get("source", ""), fontsize=10.5, fontweight="bold", va="center")
-    fig.text((left + wide) / 8, 1 - 0.2 / height, f"class entropy {histogram_entropy(torch.from_numpy(old)):.2f} \u2192 "
+    for i, name in enumerate(names):
+        ax.text((i + 0.5) * pitch, -0.05, name, ha="center", va="bottom", fontsize=fontsize, fontweight="bold")
+    fig.text(left / 8, 1 - 0.2 / height, title or after.info.get("source", ""), fontsize=10.5, fontweight="bold",
+             va="center")
+    fig.text((left + wide) / 8, 1 - 0.2 / height,
+             f"class entropy {histogram_entropy(torch.from_numpy(old)):.2f} \u2192 "
              f"{histogram_entropy(torch.from_numpy(new)):.2f}", fontsize=9, ha="right", va="center")
     _summary_bars(fig.add_axes(at(height - bars - 0.3, bars)), old[order], new[order], len(after) / k)
     return fig
@@ -282,13 +294,16 @@ def _summary_bars(
         ax.bar(x - width / 2, old, width, color=LINE, label="as drawn")
         ax.bar(x + width / 2, new, width, color=BLUE, label="balanced")
         box = dict(facecolor="white", edgecolor="none", pad=0.6)
-        for i, n in enumerate(old): ax.annotate(f"{n:,.0f}", (x[i] - width / 2, n), (0, 2), textcoords="offset points", ha="center", fontsize=6.5, bbox=box)
+        for i, n in enumerate(old):
+            ax.annotate(f"{n:,.0f}", (x[i] - width / 2, n), (0, 2), textcoords="offset points", ha="center",
+                        fontsize=6.5, bbox=box)
     else:
         ax.bar(x, old, 1, color=LINE, label="as drawn")
         ax.stairs(new, color=BLUE, linewidth=1.3, label="balanced")
     ax.axhline(even, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     ax.set(xlim=(0, k), ylim=(0, max(old.max(), new.max()) * 1.14), xticks=[], ylabel="images")
-    ax.set_xlabel("class the teacher sees" + ("" if few else ", from the most to the least frequent as drawn"), labelpad=4, loc="center" if few else "left")
+    ax.set_xlabel("class the teacher sees" + ("" if few else ", from the most to the least frequent as drawn"),
+                  labelpad=4, loc="center" if few else "left")
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.tick_params(labelsize=7, length=2.5, color=LINE, labelcolor=INK)
     ax.spines[["top", "right"]].set_visible(False)
@@ -302,12 +317,14 @@ def learning_curves(
 ) -> Figure:
     "Held-out agreement and training loss after each epoch."
     histories = {name: r.get("history") or [] if isinstance(r, dict) else r for name, r in runs.items()}
-    if not any(histories.values()): raise ValueError("none of the runs has a history; expected a list with one entry per epoch")
+    if not any(histories.values()):
+        raise ValueError("none of the runs has a history; expected a list with one entry per epoch")
     fig, axes = figure(5.6, 1.9, 1, 2)
     for (name, h), colour in zip(histories.items(), colours_of(histories).values()):
         for ax, value in zip(axes, ("agreement", "loss")):
             points = [(e["epoch"], e[value]) for e in h if e.get(value) is not None]
-            if points: ax.plot(*zip(*points), label=name, color=colour, linewidth=1.4, marker="." if len(points) < 2 else None)
+            if points:
+                ax.plot(*zip(*points), label=name, color=colour, linewidth=1.4, marker="." if len(points) < 2 else None)
     axes[0].set(xlabel="epoch", ylabel="agreement on held-out images")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")
@@ -325,7 +342,8 @@ def _bar_order(
 ) -> pd.DataFrame:  # columns x, kind; best first within a kind
     "The order of the groups of bars."
     rank = frame.groupby(x, sort=False).agg(kind=("kind", "first"), mean=(value, "mean")).reset_index()
-    return rank.assign(place=rank.kind.map({k: i for i, k in enumerate(KINDS)})).sort_values(["place", "mean"], ascending=[True, False], ignore_index=True)
+    rank["place"] = rank.kind.map({k: i for i, k in enumerate(KINDS)})
+    return rank.sort_values(["place", "mean"], ascending=[True, False], ignore_index=True)
 
 
 @FIGURES.add
@@ -345,8 +363,10 @@ def accuracy_bars(
     rank, colours = _bar_order(rows, x, value), colours_of(rows[hue])
     fig, (ax,) = figure(6, 0.7 + len(rank) * (0.12 + 0.13 * len(colours)), grid="x")
     common = dict(data=rows, y=x, x=value, hue=hue, order=list(rank[x]), hue_order=list(colours), orient="h", ax=ax)
-    sns.barplot(**common, palette=colours, errorbar="sd", saturation=1, err_kws=dict(color=INK, linewidth=0.9), width=0.8, alpha=0.85)
-    sns.stripplot(**common, palette=dict.fromkeys(colours, "white"), dodge=len(colours) > 1, size=3.2, edgecolor=INK, linewidth=0.6, jitter=False, legend=False)
+    sns.barplot(**common, palette=colours, errorbar="sd", saturation=1, err_kws=dict(color=INK, linewidth=0.9),
+                width=0.8, alpha=0.85)
+    sns.stripplot(**common, palette=dict.fromkeys(colours, "white"), dodge=len(colours) > 1, size=3.2, edgecolor=INK,
+                  linewidth=0.6, jitter=False, legend=False)
     if ax.legend_: ax.legend_.remove()
     for i, (name, v) in enumerate(lines.groupby(x, sort=False)[value].mean().dropna().items()):
         ax.axvline(v, color=INK, linewidth=0.9, linestyle=((0, (5, 2)), (0, (1, 1.5)))[i % 2], label=f"{name} {v:.1%}")
@@ -355,9 +375,11 @@ def accuracy_bars(
             runs = rows[(rows[x] == name) & (rows[hue] == by)]
             if runs[value].notna().any() or runs.empty: continue
             failed = (runs.status == "failed").any()
-            ax.text(0.006, i + (j + 0.5) * 0.8 / len(colours) - 0.4, "failed" if failed else "not run", va="center", fontsize=6.5, color=RED if failed else LINE)
+            ax.text(0.006, i + (j + 0.5) * 0.8 / len(colours) - 0.4, "failed" if failed else "not run", va="center",
+                    fontsize=6.5, color=RED if failed else LINE)
     for kind, at in rank.groupby("kind", sort=False).groups.items():
-        ax.text(1.012, (at[0] + at[-1]) / 2, kind, rotation=270, ha="left", va="center", fontsize=7.5, color=LINE, transform=ax.get_yaxis_transform())
+        ax.text(1.012, (at[0] + at[-1]) / 2, kind, rotation=270, ha="left", va="center", fontsize=7.5, color=LINE,
+                transform=ax.get_yaxis_transform())
         if at[0]: ax.axhline(at[0] - 0.5, color=LINE, linewidth=0.6)
     ax.set(xlabel=f"{value} on the target's test set", ylabel="", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
@@ -384,7 +406,8 @@ def budget_curves(
     names, colours = list(frame[panels].unique()), colours_of(frame[hue])
     fig, axes = figure(1.0 + 1.75 * len(names), 2.1, 1, len(names), grid="both", sharey=True)
     for ax, name in zip(axes, names):
-        for way, colour in colours.items(): _budget_line(ax, frame[(frame[panels] == name) & (frame[hue] == way)], x, point, colour, way)
+        for way, colour in colours.items():
+            _budget_line(ax, frame[(frame[panels] == name) & (frame[hue] == way)], x, point, colour, way)
         ax.set(title=name, xscale="log", xlabel="")
         plain_log(ax.xaxis)
         ax.tick_params(axis="x", labelrotation=45)
@@ -404,13 +427,15 @@ def _budget_line(
     label: str,  # for the legend
 ) -> None:
     "Mean, band and dots of one way."
-    at = runs.groupby(point).agg(x=(x, "mean"), mean=("accuracy", "mean"), sd=("accuracy", "std")).fillna(0).sort_values("x")
+    at = runs.groupby(point).agg(x=(x, "mean"), mean=("accuracy", "mean"),
+                                 sd=("accuracy", "std")).fillna(0).sort_values("x")
     ax.fill_between(at.x, at["mean"] - at.sd, at["mean"] + at.sd, color=colour, alpha=0.18, linewidth=0)
     ax.plot(at.x, at["mean"], color=colour, linewidth=1.4, label=label)
     ax.plot(runs[x], runs.accuracy, "o", color=colour, markersize=2.2, alpha=0.6, markeredgewidth=0)
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-cost
-COSTS = dict(queries="images the teacher was asked about", seconds="seconds for transfer set and distillation", distinct="distinct images",
+COSTS = dict(queries="images the teacher was asked about", seconds="seconds for transfer set and distillation",
+             distinct="distinct images",
              n="images in the transfer set", updates="optimiser steps", peak_memory_mb="peak memory (MiB)")
 
 
@@ -427,7 +452,8 @@ def cost_scatter(
     rows = usable(frame, x, value, hue, style)
     rows = usable(rows[rows[x] > 0], x)
     fig, (ax,) = figure(5.2, 2.5, grid="both")
-    sns.scatterplot(rows, x=x, y=value, hue=hue, style=style, palette=colours_of(rows[hue]), s=34, alpha=0.85, linewidth=0.4, edgecolor="white", ax=ax)
+    sns.scatterplot(rows, x=x, y=value, hue=hue, style=style, palette=colours_of(rows[hue]), s=34, alpha=0.85,
+                    linewidth=0.4, edgecolor="white", ax=ax)
     handles, labels = ax.get_legend_handles_labels()
     ax.legend_.remove()
     ax.set(xscale="log", xlabel=COSTS.get(x, x), ylabel=f"{value} on the target's test set")
@@ -437,7 +463,8 @@ def cost_scatter(
     return fig
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-predictor
-PREDICTORS = dict(entropy="entropy of the class histogram as distilled", distinct="distinct images", agreement="agreement with the teacher")
+PREDICTORS = dict(entropy="entropy of the class histogram as distilled", distinct="distinct images",
+                  agreement="agreement with the teacher")
 
 
 @FIGURES.add
@@ -450,11 +477,14 @@ def predictor_scatter(
 ) -> Figure:
     "A diagnostic against what was reached, with Spearman's rank correlation of the configurations."
     rows = usable(frame, x, value, hue)
-    points = rows.groupby([c for c in dict.fromkeys((hue, *SETTING)) if c in rows], dropna=False)[[x, value]].mean().reset_index()
+    points = rows.groupby([c for c in dict.fromkeys((hue, *SETTING)) if c in rows],
+                          dropna=False)[[x, value]].mean().reset_index()
     colours = colours_of(rows[hue])
     fig, (ax,) = figure(3.9, 2.5, grid="both")
-    sns.scatterplot(rows, x=x, y=value, hue=hue, hue_order=list(colours), palette=colours, s=9, alpha=0.5, linewidth=0, legend=False, ax=ax)
-    sns.scatterplot(points, x=x, y=value, hue=hue, hue_order=list(colours), palette=colours, s=42, linewidth=0.5, edgecolor="white", ax=ax)
+    sns.scatterplot(rows, x=x, y=value, hue=hue, hue_order=list(colours), palette=colours, s=9, alpha=0.5, linewidth=0,
+                    legend=False, ax=ax)
+    sns.scatterplot(points, x=x, y=value, hue=hue, hue_order=list(colours), palette=colours, s=42, linewidth=0.5,
+                    edgecolor="white", ax=ax)
     ax.legend_.remove()
     ax.set(title=f"Spearman's \u03c1 = {spearman(points[x], points[value]):.2f} over {len(points)} configurations",
            xlabel=PREDICTORS.get(x, x), ylabel=f"{value} on the target's test set")

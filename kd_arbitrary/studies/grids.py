@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
-           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE',
-           'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'THEN', 'REFERENCES', 'PROBED', 'ALIKE', 'grid', 'smoke',
-           'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound',
-           'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'photographs',
-           'black_box', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full',
-           'photos_cifar10', 'photos_wrn', 'photos_views', 'select', 'step_flops', 'probe', 'estimate']
+           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'ASKED_WAYS',
+           'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'PROBED',
+           'ALIKE', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited',
+           'balance_study', 'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled',
+           'headline_controls', 'reference', 'development', 'photographs', 'black_box', 'imbalance', 'sizes',
+           'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
+           'photos_views', 'rivals_check', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -22,6 +23,7 @@ import torch
 from ..core import Registry, generator
 from ..students.distill import distill
 from .runs import GIVEN, N, SIZES, Run, updates
+from ..teachers.targets import HALVES
 from ..teachers.networks import count_flops, make_model
 from ..teachers.teacher import Teacher
 from ..transfer.sets import label
@@ -40,7 +42,8 @@ def grid(
 @grid
 def smoke() -> list[Run]:
     "The digits: two sources, as drawn and filled; does everything work?"
-    return [Run(target="digits", source=s, balance=b, n=500, epochs=1, batch_size=64) for s in ("strokes", "pyramid") for b in ("none", "fill")]
+    return [Run(target="digits", source=s, balance=b, n=500, epochs=1, batch_size=64)
+            for s in ("strokes", "pyramid") for b in ("none", "fill")]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-first
 MIXTURE = "0.5*strokes+0.5*pyramid"  # pen strokes for the shapes, noise for the textures
@@ -53,40 +56,50 @@ EPOCHS = 5  # of the runs of `first_results`
 def first_results() -> list[Run]:
     "MNIST and Fashion-MNIST: nine sources as drawn and filled, the original data, and labels."
     cells = [(s, b) for s in SOURCES for b in ("none", "fill")] + [(s, "none") for s in GIVEN]
-    return [Run(target=t, source=s, balance=b, smooth=0, epochs=EPOCHS, seed=seed) for seed in range(3) for t in ("mnist", "fmnist") for s, b in cells]
+    return [Run(target=t, source=s, balance=b, smooth=0, epochs=EPOCHS, seed=seed)
+            for seed in range(3) for t in ("mnist", "fmnist") for s, b in cells]
 
 
 @grid
 def image_free() -> list[Run]:
     "MNIST and Fashion-MNIST: 120,000 images of all ten kinds, filled, ten epochs."
-    return [Run(target=t, source=EVERYTHING, smooth=0, n=2 * N, epochs=2 * EPOCHS, seed=seed) for seed in range(3) for t in ("mnist", "fmnist")]
+    return [Run(target=t, source=EVERYTHING, smooth=0, n=2 * N, epochs=2 * EPOCHS, seed=seed)
+            for seed in range(3) for t in ("mnist", "fmnist")]
 
 
 LONG_VIEWS = dict(mnist="affine+mixup", fmnist="mixup")  # target -> views that agree best on held-out impressions
 
 IMPRESSIONS = dict(source=EVERYTHING, balance="impress", n=40_000, epochs=50)
-DEVELOPED = dict(source="strokes+glyphs+pyramid", balance="impress", impressed=1 / 3, n=90_000, views="affine+cutmix", epochs=30)  # on KMNIST
+# developed on KMNIST
+DEVELOPED = dict(source="strokes+glyphs+pyramid", balance="impress", impressed=1 / 3, n=90_000, views="affine+cutmix",
+                 epochs=30)
 QUICK, LONG = 7, 4 * DEVELOPED["epochs"]  # epochs of most trials there; of the longest runs
 
 
 @grid
 def impressions() -> list[Run]:
-    "MNIST and Fashion-MNIST, no real image, long training: impressions over all ten kinds; strokes, glyphs and noise, filled."
+    """MNIST and Fashion-MNIST, no real image, long training: impressions over all ten kinds;
+    strokes, glyphs and noise, filled."""
     ways = IMPRESSIONS, dict(source="strokes+glyphs+pyramid", smooth=2.0, n=2 * N, epochs=30)
-    longer = [Run(target="mnist", views=LONG_VIEWS["mnist"], seed=seed, **ways[1] | dict(epochs=60)) for seed in range(3)]
-    return [Run(target=t, views=v, seed=seed, **way) for seed in range(3) for t, v in LONG_VIEWS.items() for way in ways] + longer
+    longer = [Run(target="mnist", views=LONG_VIEWS["mnist"], seed=seed, **ways[1] | dict(epochs=60))
+              for seed in range(3)]
+    return ([Run(target=t, views=v, seed=seed, **way)
+             for seed in range(3) for t, v in LONG_VIEWS.items() for way in ways] + longer)
 
 
 @grid
 def developed() -> list[Run]:
-    "MNIST and Fashion-MNIST, no real image: 90,000 strokes, glyphs and noise pictures, a third of them impressions, CutMix; a recipe developed on another task."
+    """MNIST and Fashion-MNIST, no real image: 90,000 strokes, glyphs and noise pictures, a third of them
+    impressions, CutMix; a recipe developed on another task."""
     return [Run(target=t, seed=seed, **DEVELOPED) for seed in range(3) for t in LONG_VIEWS]
 
 
 @grid
 def inherited() -> list[Run]:
-    "MNIST and Fashion-MNIST, no real image: the recipes of `developed` and `impressions` for students that begin with the teacher's weights; on MNIST also in short, on both also four times as long."
-    ways = [*(dict(target=t, **DEVELOPED) for t in LONG_VIEWS), dict(target="fmnist", views=LONG_VIEWS["fmnist"], **IMPRESSIONS)]
+    """MNIST and Fashion-MNIST, no real image: the recipes of `developed` and `impressions` for students that begin
+    with the teacher's weights; on MNIST also in short, on both also four times as long."""
+    ways = [*(dict(target=t, **DEVELOPED) for t in LONG_VIEWS),
+            dict(target="fmnist", views=LONG_VIEWS["fmnist"], **IMPRESSIONS)]
     ways += [dict(target="mnist", **DEVELOPED | dict(epochs=e)) for e in (QUICK, 2 * QUICK)]
     ways += [dict(target=t, **DEVELOPED | dict(epochs=LONG)) for t in LONG_VIEWS]
     return [Run(init="teacher", seed=seed, **way) for seed in range(3) for way in ways]
@@ -98,23 +111,30 @@ STUDY = dict(n=20_000, updates=745)  # five passes over what is not held out, in
 
 @grid
 def balance_study() -> list[Run]:
-    "MNIST and Fashion-MNIST: six ways to balance, five sources, cached scores or mixed views; equal images, equal updates."
-    ways = [*(dict(balance=b, smooth=0) for b in ("none", "quota", "repeat", "reweight", "fill")), dict(balance="fill", smooth=2.0)]
+    """MNIST and Fashion-MNIST: six ways to balance, five sources, cached scores or mixed
+    views; equal images, equal updates."""
+    ways = [*(dict(balance=b, smooth=0) for b in ("none", "quota", "repeat", "reweight", "fill")),
+            dict(balance="fill", smooth=2.0)]
     return [Run(target=t, source=s, views=v, empty="keep", seed=seed, **STUDY, **way) for seed in range(3) for t in NEAR
-            for s in ("gaussian", "pyramid", "strokes", NEAR[t], "cifar10") for v in ("none", "affine+mixup") for way in ways]
+            for s in ("gaussian", "pyramid", "strokes", NEAR[t], "cifar10")
+            for v in ("none", "affine+mixup") for way in ways]
 
 
 @grid
 def mosaic_confound() -> list[Run]:
-    "MNIST and Fashion-MNIST: the unfair comparison, quota that throws away images and steps, beside none and fill from the same draws."
-    n, ways = STUDY["n"], (dict(balance="none"), dict(balance="quota", limit=STUDY["n"]), dict(balance="fill", smooth=0))
-    return [Run(target=t, source=s, n=n, views="none", epochs=EPOCHS, empty="keep", seed=seed, **way) for seed in range(3) for t in NEAR
+    """MNIST and Fashion-MNIST: the unfair comparison, quota that throws away images and steps, beside
+    none and fill from the same draws."""
+    n, ways = STUDY["n"], (dict(balance="none"), dict(balance="quota", limit=STUDY["n"]),
+                           dict(balance="fill", smooth=0))
+    return [Run(target=t, source=s, n=n, views="none", epochs=EPOCHS, empty="keep", seed=seed, **way)
+            for seed in range(3) for t in NEAR
             for s in ("gaussian", "pyramid", "strokes", "cifar10") for way in ways]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-verdict
 CONVERGED = dict(n=20_000, updates=7_450)  # fifty passes over what is not held out
 TEACHERS = range(4)  # seeds: of the teacher, and of everything its student draws
-COUNTED = (dict(balance="none"), dict(balance="repeat"), dict(balance="fill"))  # the control, the best way by counting, the way by gradients
+# the control, the best way by counting, the way by gradients
+COUNTED = (dict(balance="none"), dict(balance="repeat"), dict(balance="fill"))
 ALL_WAYS = (*COUNTED, dict(balance="quota", limit=1_000_000), dict(balance="reweight"))
 
 
@@ -131,65 +151,102 @@ def _verdict(
 
 @grid
 def verdict() -> list[Run]:
-    "MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: four sources as drawn, repeated, filled, by quota however many draws it takes, reweighted; plain noise as drawn and filled."
+    """MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: four sources as drawn, repeated, filled,
+    by quota however many draws it takes, reweighted; plain noise as drawn and filled."""
     sources = ("pyramid", "strokes", "near", "cifar10")
     return _verdict(sources, COUNTED) + _verdict(("gaussian",), COUNTED[::2]) + _verdict(sources, ALL_WAYS[3:])
 
 
 @grid
 def verdict_queries() -> list[Run]:
-    "MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: 100 to 60,000 images as drawn, repeated, filled."
+    """MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: 100 to 60,000
+    images as drawn, repeated, filled."""
     sizes = [dict(way, n=n) for n in (500, 2_000, 100, 60_000) for way in COUNTED]
     return _verdict(("pyramid", "strokes", "cifar10"), sizes)
 
 
 @grid
 def verdict_steps() -> list[Run]:
-    "MNIST and Fashion-MNIST, cached scores, 20,000 images, four teachers: 745 to 22,350 steps as drawn, repeated, filled."
+    """MNIST and Fashion-MNIST, cached scores, 20,000 images, four teachers: 745 to 22,350
+    steps as drawn, repeated, filled."""
     lengths = [dict(way, updates=u) for u in (745, 2_235, 22_350) for way in COUNTED]
     return _verdict(("pyramid", "strokes", "cifar10"), lengths)
 
 
 @grid
 def verdict_relabelled() -> list[Run]:
-    "MNIST and Fashion-MNIST, every view asked about, 7,450 steps, four teachers: four sources as drawn, repeated, filled."
+    """MNIST and Fashion-MNIST, every view asked about, 7,450 steps, four teachers: four
+    sources as drawn, repeated, filled."""
     return _verdict(("pyramid", "strokes", "near", "cifar10"), COUNTED, views="affine+mixup")
 
 
 @grid
 def headline_controls() -> list[Run]:
-    "MNIST and Fashion-MNIST, the recipe of the best image-free numbers: as drawn, quota, filled, impressed; random and inherited weights; three teachers."
-    ways = [dict(balance=b) for b in ("none", "quota", "fill")] + [dict(balance="impress", impressed=DEVELOPED["impressed"])]
-    return [Run(target=t, init=init, seed=seed, teacher_seed=seed, empty="keep", **DEVELOPED | dict(impressed=1.0) | way)
-            for seed in TEACHERS[:3] for t in NEAR for way in ways for init in ("random", "teacher")]
+    """MNIST and Fashion-MNIST, the recipe of the best image-free numbers: as drawn, quota, filled, impressed; random
+    and inherited weights; three teachers; on MNIST also without glyphs."""
+    ways = ([dict(balance=b) for b in ("none", "quota", "fill")]
+            + [dict(balance="impress", impressed=DEVELOPED["impressed"])])
+    fixed = DEVELOPED | dict(impressed=1.0, empty="keep")
+    cells = [dict(target=t, init=init) | way for t in NEAR for way in ways for init in ("random", "teacher")]
+    cells += [dict(target="mnist", init=i, source="strokes+pyramid") | ways[-1] for i in ("random", "teacher")]
+    return [Run(seed=seed, teacher_seed=seed, **fixed | cell) for seed in TEACHERS[:3] for cell in cells]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-reference
+REFERENCE_VIEWS = ("none", "crop", "flip+mixup")  # cached scores; moved by a few pixels; mirrored and mixed
+TRIALS = (  # over the fields of `DEVELOPED`
+    *(dict(balance="none", impressed=1.0), dict(balance="fill", impressed=1.0), dict(), dict(views="affine+mixup")),
+    *(dict(temperature=20.0), dict(source="strokes+pyramid"), dict(init="teacher")),
+)
+
+
+@grid
+def reference() -> list[Run]:
+    "MNIST and Fashion-MNIST: the target's own images to convergence, three kinds of views, three teachers."
+    fixed = dict(source="original", balance="none", updates=22_350, empty="keep")
+    return [Run(target=t, views=v, seed=s, teacher_seed=s, **fixed)
+            for s in TEACHERS[:3] for t in NEAR for v in REFERENCE_VIEWS]
+
+
+@grid
+def development() -> list[Run]:
+    "The halved KMNIST and notMNIST: the developed recipe in short, one change at a time; for choosing, not quoting."
+    fixed = DEVELOPED | dict(epochs=QUICK, empty="keep")
+    return [Run(target=t, seed=s, teacher_seed=s, **fixed | trial)
+            for s in TEACHERS[:2] for t in HALVES for trial in TRIALS]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-photographs
 @grid
 def photographs() -> list[Run]:
-    "MNIST and Fashion-MNIST: unrelated photographs, alone and with the other of the two sets, balanced or not, beside the original data; equal images, equal updates; the best once more at length, with more images than the original data."
+    """MNIST and Fashion-MNIST: unrelated photographs, alone and with the other of the two sets, balanced or
+    not, beside the original data; equal images, equal updates; the best once more at length, with more
+    images than the original data."""
     none, best = dict(balance="none"), dict(balance="impress", impressed=DEVELOPED["impressed"])
     short, long = dict(n=45_000, updates=5_000), dict(updates=20_000, init="teacher")
-    ways = [("cifar10", none | short), ("cifar10", dict(balance="fill") | short), ("cifar10+{}", none | short), ("cifar10+{}", best | short), ("original", none | short),
+    ways = [("cifar10", none | short), ("cifar10", dict(balance="fill") | short), ("cifar10+{}", none | short),
+            ("cifar10+{}", best | short), ("original", none | short),
             ("cifar10+{}", best | long | dict(n=DEVELOPED["n"])), ("original", none | long)]
     return [Run(target=t, source=s.format(NEAR[t]), views=DEVELOPED["views"], empty="keep", seed=seed, **way)
             for seed in range(3) for t in NEAR for s, way in ways]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-black
-ASKED_WAYS = ("none", "active", "repeat", "active_repeat", "quota")  # of balancing within a budget
+ASKED_WAYS = ("none", "active", "uncertain", "repeat", "active_repeat", "quota")  # of balancing within a budget
 BUDGETS = (1_000, 3_000, 10_000)  # questions
 
 
 @grid
 def black_box() -> list[Run]:
-    "MNIST and Fashion-MNIST, labels alone, 1,000 to 10,000 questions, 7,450 steps, three teachers: strokes with noise, and photographs, as drawn, by quota, repeated, and with chosen questions."
-    asks = lambda way, n: dict(balance=way, n=n) if way in ("none", "active") else dict(balance=way, n=n, limit=n)
-    return [Run(target=t, source=s, seed=seed, teacher_seed=seed, gives="labels", views="none", empty="keep", updates=CONVERGED["updates"], **asks(way, n))
+    """MNIST and Fashion-MNIST, labels alone, 1,000 to 10,000 questions, 7,450 steps, three teachers: photographs, and
+    strokes with noise, as drawn, repeated, by quota, and with chosen questions."""
+    asks = lambda way, n: dict(balance=way, n=n) | ({} if way in ("none", "active", "uncertain") else dict(limit=n))
+    fixed = dict(gives="labels", views="none", empty="keep", updates=CONVERGED["updates"])
+    return [Run(target=t, source=s, seed=seed, teacher_seed=seed, **fixed | asks(way, n))
             for n in BUDGETS for seed in TEACHERS[:3] for s in ("cifar10", MIXTURE) for way in ASKED_WAYS for t in NEAR]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-much
 @grid
 def imbalance() -> list[Run]:
-    "MNIST and Fashion-MNIST: class ratios from 1 to 100, and one to five classes missing, filled from structured noise."
+    """MNIST and Fashion-MNIST: class ratios from 1 to 100, and one to five classes
+    missing, filled from structured noise."""
     uneven = [dict(imbalance=r) for r in (1, 3, 10, 30, 100)] + [dict(missing=m) for m in range(1, 6)]
     return [Run(target=t, source="pyramid", n=10_000, updates=800, views="none", smooth=2.0, seed=seed, **u)
             for seed in range(3) for t in NEAR for u in uneven]
@@ -197,19 +254,24 @@ def imbalance() -> list[Run]:
 
 @grid
 def sizes() -> list[Run]:
-    "MNIST and Fashion-MNIST: from a hundred images to a million, filled, cached scores or mixed views; about equal updates."
-    many = dict(gaussian=(100, 300, 1_000, 3_000, 10_000, 30_000, 100_000), pyramid=(100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 1_000_000))
+    """MNIST and Fashion-MNIST: from a hundred images to a million, filled, cached scores or
+    mixed views; about equal updates."""
+    many = dict(gaussian=(100, 300, 1_000, 3_000, 10_000, 30_000, 100_000),
+                pyramid=(100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 1_000_000))
     return [Run(target=t, source=s, smooth=0, n=n, views=v, updates=1_500, empty="keep", seed=seed)
             for seed in range(3) for t in NEAR for s in many for v in ("none", "affine+mixup") for n in many[s]]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-one
 @grid
 def one_factor() -> list[Run]:
-    "MNIST and Fashion-MNIST: temperature, loss, views, cached views, rate and batch size, one at a time; equal updates, so larger batches see more images."
-    changes = dict(temperature=(1, 2, 4, 20), loss=("mse", "l1"), views=("none", "affine", "mixup", "flip+mixup", "crop+mixup", "affine+cutmix"),
+    """MNIST and Fashion-MNIST: temperature, loss, views, cached views, rate and batch size, one at a time; equal
+    updates, so larger batches see more images."""
+    changes = dict(temperature=(1, 2, 4, 20), loss=("mse", "l1"),
+                   views=("none", "affine", "mixup", "flip+mixup", "crop+mixup", "affine+cutmix"),
                    relabel=(False,), lr=(2e-3, 5e-3, 2e-2), batch_size=(64, 256, 512))
     cells = [{}, *({name: value} for name, values in changes.items() for value in values)]
-    return [Run(target=t, source=MIXTURE, smooth=0, n=20_000, updates=894, seed=seed, **cell) for seed in range(3) for t in NEAR for cell in cells]
+    return [Run(target=t, source=MIXTURE, smooth=0, n=20_000, updates=894, seed=seed, **cell)
+            for seed in range(3) for t in NEAR for cell in cells]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-cifar
 PAIRS = dict(  # target -> teacher and student networks
@@ -221,9 +283,11 @@ WIDE = dict(lr=2e-3, views="crop+flip+mixup", bfloat16=True, empty="keep")  # fo
 
 @grid
 def cifar10_small() -> list[Run]:
-    "CIFAR-10 on a CPU: AlexNet to its half, 10,000 images, three epochs; three sources as drawn and filled, original data, labels."
+    """CIFAR-10 on a CPU: AlexNet to its half, 10,000 images, three epochs; three sources as drawn and
+    filled, original data, labels."""
     cells = [dict(source=s, balance=b) for s in ("gaussian", "pyramid", "scenes") for b in ("none", "fill")]
-    cells += [dict(source="gaussian", balance=b, teacher_bn="batch") for b in ("none", "fill")] + [dict(source="original", balance="none")]
+    cells += ([dict(source="gaussian", balance=b, teacher_bn="batch") for b in ("none", "fill")]
+              + [dict(source="original", balance="none")])
     small = [dict(cell, n=10_000, epochs=3) for cell in cells] + [dict(source="labels", epochs=1)]
     return [Run(target="cifar10", seed=seed, **WIDE, **cell) for seed in range(3) for cell in small]
 
@@ -232,31 +296,38 @@ def _full(
     target: str,  # cifar10 or cifar100
     other: str,  # the other one, as a source
 ) -> list[Run]:
-    "Noise, drawings and natural images as drawn and filled, noise also with batch statistics, original data, labels; 50,000 images."
+    """Noise, drawings and natural images as drawn and filled, noise also with batch statistics,
+    original data, labels; 50,000 images."""
     sources = ("gaussian", "pyramid", "deadleaves", "svhn", "stl10_unlabeled", other)
     cells = [dict(source=s, balance=b) for s in sources for b in ("none", "fill")]
-    cells += [dict(source=s, balance=b, teacher_bn="batch") for s in sources[:2] for b in ("none", "fill")] + [dict(source=s, balance="none") for s in GIVEN]
+    cells += ([dict(source=s, balance=b, teacher_bn="batch") for s in sources[:2] for b in ("none", "fill")]
+              + [dict(source=s, balance="none") for s in GIVEN])
     return [Run(target=target, teacher=t, student=s, n=50_000, epochs=30, seed=seed, **WIDE, **cell)
             for seed in range(3) for t, s in PAIRS[target] for cell in cells]
 
 
 @GRIDS.add(name="cifar10")
 def cifar10_full() -> list[Run]:
-    "CIFAR-10 on a GPU: AlexNet to its half, ResNet-34 to ResNet-18; six sources as drawn and filled, original data, labels."
+    """CIFAR-10 on a GPU: AlexNet to its half, ResNet-34 to ResNet-18; six sources as drawn and
+    filled, original data, labels."""
     return _full("cifar10", "cifar100")
 
 
 @GRIDS.add(name="cifar100")
 def cifar100_full() -> list[Run]:
-    "CIFAR-100 on a GPU: Inception-V3 to ResNet-18, WRN-40-2 to WRN-16-2; six sources as drawn and filled, original data, labels."
+    """CIFAR-100 on a GPU: Inception-V3 to ResNet-18, WRN-40-2 to WRN-16-2; six sources as drawn and
+    filled, original data, labels."""
     return _full("cifar100", "cifar10")
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-cifar-photos
 COLOURED = "programs+textured_leaves+objects+spectra"  # no real image, in equal shares
 TINY = "array(path='tiny_imagenet32_train8k.npz')"  # 8,000 photographs of two hundred kinds of things
-PHOTOS = dict(target="cifar10", n=50_000, updates=11_160, **WIDE)  # thirty passes over what is not held out
-FIRST = (dict(source=COLOURED), dict(source="cifar100_unrelated", n=42_000), dict(source="gaussian"), dict(source="gaussian", teacher_bn="batch"))
-THEN = tuple(dict(source=s) for s in ("programs", "textured_leaves", "pyramid", "deadleaves", "scenes")) + (dict(source=TINY, n=8_000),)
+# thirty passes over what is not held out
+PHOTOS = dict(target="cifar10", n=50_000, updates=11_160, relabel=False, cached_views=8, **WIDE)
+FIRST = (dict(source=COLOURED), dict(source="cifar100_unrelated", n=42_000))
+NOISE = (dict(source="gaussian", teacher_bn="batch"), dict(source="gaussian"))
+THEN = (tuple(dict(source=s) for s in ("programs", "textured_leaves", "pyramid", "deadleaves", "scenes"))
+        + (dict(source=TINY, n=8_000),))
 REFERENCES = (dict(source="original", balance="none"), dict(source="labels", balance="none"))
 
 
@@ -278,21 +349,35 @@ def _photos(
 
 @grid
 def photos_cifar10() -> list[Run]:
-    "CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: noise, drawings, coloured programs, unrelated photographs, as drawn, filled, repeated; original data, labels."
-    repeated = tuple(s for s in FIRST + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
-    return _photos([*REFERENCES, *_cells(FIRST, "none", "fill"), *_cells(THEN, "none", "fill"), *_cells(repeated, "repeat")])
+    """CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: noise, drawings, coloured programs, unrelated
+    photographs, as drawn, filled, repeated; original data, labels."""
+    repeated = tuple(s for s in FIRST + NOISE + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
+    first = [*_cells(FIRST, "none"), REFERENCES[0], *_cells(FIRST, "fill"), REFERENCES[1]]
+    return _photos([*first, *_cells(NOISE + THEN, "none", "fill"), *_cells(repeated, "repeat")])
 
 
 @grid
 def photos_wrn() -> list[Run]:
-    "CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs, unrelated photographs, as drawn and filled; original data, labels."
-    return _photos([*REFERENCES, *_cells((FIRST[0], FIRST[3], FIRST[1]), "none", "fill")], teacher="wrn40_2", student="wrn16_1")
+    """CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
+    unrelated photographs, as drawn and filled; original data, labels."""
+    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], teacher="wrn40_2",
+                   student="wrn16_1")
 
 
 @grid
 def photos_views() -> list[Run]:
-    "CIFAR-10, AlexNet to its half, 20,000 coloured programs, 4,470 steps: one to eight cached views of each image, or every view asked about."
-    return _photos([dict(relabel=False, cached_views=k) for k in (1, 2, 4, 8)] + [dict(relabel=True)], source=COLOURED, balance="none", n=20_000, updates=4_470)
+    """CIFAR-10, AlexNet to its half, 20,000 coloured programs, 4,470 steps: one to eight cached views of each
+    image, or every view asked about."""
+    return _photos([dict(relabel=False, cached_views=k) for k in (1, 2, 4, 8)] + [dict(relabel=True)], source=COLOURED,
+                   balance="none", n=20_000, updates=4_470)
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-rivals
+@grid
+def rivals_check() -> list[Run]:
+    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD on MNIST, and the same in short."
+    zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
+    ways = "zskd(steps=150,lr=0.01)", "zskd(steps=500)"
+    return [Run(target="mnist", source=s, views=v, **zskd) for s in ways for v in ("none", "affine")]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-all
 def select(
@@ -319,7 +404,8 @@ def step_flops(
     run: Run,  # any run
 ) -> int:  # floating-point operations of one optimiser step
     "The arithmetic of a step: the teacher's where it is asked, and three times the student's."
-    return run.batch_size * (run.relabel * _forward_flops(run.teacher, run.target) + 3 * _forward_flops(run.student, run.target))
+    return (run.batch_size
+            * (run.relabel * _forward_flops(run.teacher, run.target) + 3 * _forward_flops(run.student, run.target)))
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-estimate
 PROBED = 1e10  # operations of a step up to which it is timed
@@ -334,12 +420,15 @@ def probe(
     _, shape, k = SIZES[run.target]
     images = torch.randint(0, 256, (steps * run.batch_size, *shape), dtype=torch.uint8, generator=generator("probe"))
     teacher = Teacher(make_model(run.teacher, shape, k), k, shape, device=device)
-    taught = distill(teacher, make_model(run.student, shape, k), label(images, teacher), epochs=2, batch_size=run.batch_size, views=run.views,
-                     relabel=run.relabel, cached_views=run.cached_views, bfloat16=run.bfloat16, holdout=0, device=device, show=False)
+    taught = distill(teacher, make_model(run.student, shape, k), label(images, teacher), epochs=2,
+                     batch_size=run.batch_size, views=run.views,
+                     relabel=run.relabel, cached_views=run.cached_views, bfloat16=run.bfloat16, holdout=0,
+                     device=device, show=False)
     return taught.history[-1]["seconds"] / steps
 
 
-ALIKE = ("target", "teacher", "student", "batch_size", "views", "relabel", "bfloat16")  # runs equal in these take about the same time a step
+# runs equal in these take about the same time a step
+ALIKE = ("target", "teacher", "student", "batch_size", "views", "relabel", "bfloat16")
 
 
 def estimate(
@@ -356,7 +445,7 @@ def estimate(
     for run in runs:
         like = tuple(getattr(run, k) for k in ALIKE)
         if like in pace or step_flops(run) > PROBED: continue
-        same = (SIZES[run.target][1:], *like[1:])                                       # of two targets with equal images, one is probed
+        same = (SIZES[run.target][1:], *like[1:])  # of two targets with equal images, one is probed
         if same not in probed: probed[same] = probe(run, device)
         pace[like] = [probed[same]]
     like = [tuple(getattr(run, k) for k in ALIKE) for run in runs]

@@ -18,7 +18,7 @@ from ..pictures.sources import parse_source
 from .runs import GIVEN, LATER, Run
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-kind
-KINDS = ("noise", "synthetic", "natural", "mixture", "original", "other")
+KINDS = ("noise", "synthetic", "natural", "generated", "mixture", "original", "other")
 
 
 def source_kind(
@@ -33,9 +33,11 @@ def source_kind(
     return "natural" if kind == "file" else kind
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-frame
-COLUMNS = ("key", "status", "kind", "target", "source", "balance", "n", "seed", "accuracy", "accuracy_best", "agreement", "ece",
+COLUMNS = ("key", "status", "kind", "target", "source", "balance", "n", "seed", "accuracy", "accuracy_best",
+           "agreement", "ece",
            "entropy", "distinct", "updates", "queries", "seconds", "peak_memory_mb")
-FATES = dict(accepted="accepted", perturbed="perturbed", repeated="repeated", missing="lacking")  # in the report -> in the table; `missing` is a field of the run
+# in the report -> in the table; `missing` is a field of the run
+FATES = dict(accepted="accepted", perturbed="perturbed", repeated="repeated", missing="lacking")
 STUDENT_COST = ("transfer", "distill")  # the stages whose seconds a student costs; the teacher was there before
 
 
@@ -57,9 +59,13 @@ def _row(
     "A record as one row."
     r = {name: record.get(name) or {} for name in ("config", "results", "report", "data", "seconds")}
     config = LATER | r["config"]
-    row = _scalars({k: record.get(k) for k in ("key", "status", "error", "peak_memory_mb", "teacher", "machine", "code")}) | _scalars(config)
-    row |= dict(updates=None, updates_aim=config["updates"], traced=bool(row.get("code_commit") and row.get("teacher_origin")))
-    row |= _scalars(r["results"]) | {name: sum(r["report"][fate]) for fate, name in FATES.items() if fate in r["report"]}
+    row = (_scalars({k: record.get(k)
+                     for k in ("key", "status", "error", "peak_memory_mb", "teacher", "machine", "code")})
+           | _scalars(config))
+    row |= dict(updates=None, updates_aim=config["updates"],
+                traced=bool(row.get("code_commit") and row.get("teacher_origin")))
+    row |= (_scalars(r["results"])
+            | {name: sum(r["report"][fate]) for fate, name in FATES.items() if fate in r["report"]})
     row |= _scalars(r["seconds"], "seconds_") | dict(kind=r["data"].get("kind") or source_kind(row.get("source", "")))
     if set(STUDENT_COST) <= set(r["seconds"]): row["seconds"] = sum(r["seconds"][s] for s in STUDENT_COST)
     return row
@@ -74,7 +80,9 @@ def records_frame(
     return frame.assign(**{c: pd.to_numeric(frame[c], errors="coerce") for c in COLUMNS[COLUMNS.index("n"):]})
 
 # %% ../../nbs/studies/04_tables.ipynb #tables-table
-SETTING = tuple("updates_aim" if f.name == "updates" else f.name for f in fields(Run) if f.name not in ("seed", "teacher_seed"))  # runs equal in these differ only in chance
+# runs equal in these differ only in chance
+SETTING = tuple("updates_aim" if f.name == "updates" else f.name
+                for f in fields(Run) if f.name not in ("seed", "teacher_seed"))
 
 
 def _has(
@@ -82,7 +90,8 @@ def _has(
     *columns: str,  # that must be there
 ) -> None:
     "Refuse a column that does not exist."
-    if missing := set(columns) - set(frame): raise ValueError(f"the table has no column {sorted(missing)}; expected some of: {', '.join(frame)}")
+    if missing := set(columns) - set(frame):
+        raise ValueError(f"the table has no column {sorted(missing)}; expected some of: {', '.join(frame)}")
 
 
 def usable(
@@ -103,11 +112,13 @@ def only_seeds(
     "Refuse cells whose runs differ in more than their seeds."
     for cell, runs in frame.groupby(by, dropna=False):
         if mixed := [c for c in SETTING if c in runs and runs[c].nunique(dropna=False) > 1]:
-            raise ValueError(f"the runs of {', '.join(map(str, cell))} differ in {', '.join(mixed)}, not only in the seed; "
+            raise ValueError(f"the runs of {', '.join(map(str, cell))} differ in {', '.join(mixed)}, "
+                             "not only in the seed; "
                              "select one value first, or make it a row or a column")
         done = runs[runs.status == "done"] if "status" in runs else runs
         if "traced" in done and done.traced.nunique() > 1:
-            raise ValueError(f"the runs of {', '.join(map(str, cell))} are partly of older records, which name neither commit nor teacher; select by the column traced")
+            raise ValueError(f"the runs of {', '.join(map(str, cell))} are partly of older records, "
+                             "which name neither commit nor teacher; select by the column traced")
 
 
 def _cell(
@@ -117,7 +128,9 @@ def _cell(
 ) -> str:
     "One cell of a table as text."
     v = runs[value].dropna() * (100 if percent else 1)
-    if not len(v): return "failed" if (runs.status == "failed").any() else "not measured" if (runs.status == "done").any() else "not run"
+    if not len(v):
+        return ("failed" if (runs.status == "failed").any() else "not measured" if (runs.status == "done").any()
+                else "not run")
     digits = 1 if percent else 3 if v.abs().max() < 10 else 0
     deviation = f" \u00b1 {v.std():,.{digits}f}" if len(v) > 1 else ""
     return f"{v.mean():,.{digits}f}{deviation} ({len(v)})"
@@ -148,7 +161,8 @@ def grid_frame(
 ) -> pd.DataFrame:  # as `records_frame`, one row a run, in the order of the grid
     "Every run of a grid, also those that were not run."
     there = {r["key"]: r for r in records}
-    return records_frame([there.get(run.key) or dict(key=run.key, status="not run", config=asdict(run)) for run in runs])
+    return records_frame([there.get(run.key) or dict(key=run.key, status="not run", config=asdict(run))
+                          for run in runs])
 
 
 def markdown(
@@ -156,7 +170,8 @@ def markdown(
 ) -> str:  # a pipe table
     "A table as Markdown; an outer row label is said once."
     names = list(table.index.names)
-    head = [*(n or "" for n in names), *(" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in table.columns)]
+    head = [*(n or "" for n in names),
+            *(" ".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in table.columns)]
     lines, last = [], None
     for key, row in zip(table.index, table.values):
         key = list(key) if isinstance(key, tuple) else [key]

@@ -61,7 +61,8 @@ class Prepare(nn.Module):
     ):
         super().__init__()
         low, high = map(float, input_range)
-        mean, std = (torch.as_tensor(d if v is None else v, dtype=torch.float32).reshape(-1, 1, 1) for v, d in ((mean, 0.), (std, 1.)))
+        mean, std = (torch.as_tensor(d if v is None else v, dtype=torch.float32).reshape(-1, 1, 1)
+                     for v, d in ((mean, 0.), (std, 1.)))
         if not high > low: raise ValueError(f"input_range must be (low, high) with low < high, got {input_range}")
         if not (std > 0).all(): raise ValueError(f"std must be positive, got {std.flatten().tolist()}")
         self.register_buffer("scale", (high - low) / std)
@@ -81,7 +82,8 @@ def from_top(
         raise ValueError(f"the teacher's labels must be integers from 0 to {k - 1}, got {labels[0].tolist()}")
     if (labels.sort(1).values.diff(dim=1) == 0).any(): raise ValueError("a list of top-k labels names a label twice")
     share = 1 / torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    return torch.zeros(len(labels), k, device=labels.device).scatter(1, labels.long(), (share / share.sum()).expand(len(labels), -1))
+    return torch.zeros(len(labels), k, device=labels.device).scatter(1, labels.long(),
+                                                                     (share / share.sum()).expand(len(labels), -1))
 
 
 class Shares(nn.Module):
@@ -98,7 +100,8 @@ def _into(
     "Foreign weights in the network they were made for."
     if arch is None: raise ValueError(f"{path} holds weights only; pass the network they are for as arch=...")
     try: arch.load_state_dict(weights)
-    except RuntimeError as e: raise ValueError(f"the weights in {path} are not those of {type(arch).__name__}: {e}") from None
+    except RuntimeError as e:
+        raise ValueError(f"the weights in {path} are not those of {type(arch).__name__}: {e}") from None
     return Found(arch)
 
 
@@ -121,10 +124,12 @@ def pickled(
 ) -> Found:
     "A pickled network or pickled weights, if the file is trusted."
     if not options["allow_pickle"]:
-        raise ValueError(f"{path} is a pickle, which can run any code when it is opened; pass allow_pickle=True if you trust it, or save it as safetensors")
+        raise ValueError(f"{path} is a pickle, which can run any code when it is opened; "
+                         "pass allow_pickle=True if you trust it, or save it as safetensors")
     what = torch.load(path, map_location="cpu", weights_only=False)
     if isinstance(what, nn.Module): return Found(what)
-    if not isinstance(what, dict): raise ValueError(f"{path} holds a {type(what).__name__}; expected a network or its weights")
+    if not isinstance(what, dict):
+        raise ValueError(f"{path} holds a {type(what).__name__}; expected a network or its weights")
     return _into(options["arch"], what.get("state_dict", what), path)
 
 # %% ../../nbs/teachers/06_adapters.ipynb #adapters-graphs
@@ -152,7 +157,8 @@ def exported(
     program = torch.export.load(path)
     name = program.graph_signature.user_inputs[0]
     batch, *shape = next(n.meta["val"].shape for n in program.graph.nodes if n.name == name)
-    if isinstance(batch, int): raise ValueError(f"{path} takes batches of exactly {batch}; export it with a dynamic first dimension")
+    if isinstance(batch, int):
+        raise ValueError(f"{path} takes batches of exactly {batch}; export it with a dynamic first dimension")
     return Found(Program(program.module()), None, tuple(shape) if all(isinstance(s, int) for s in shape) else None)
 
 
@@ -164,7 +170,7 @@ def torchscript(
     "A TorchScript program; a `.pt` that is none is a pickle."
     try: program = torch.jit.load(path, map_location="cpu")
     except RuntimeError: return pickled(path, options)
-    for weight in program.parameters(): weight.requires_grad_(False)           # before it is copied, which TorchScript needs
+    for weight in program.parameters(): weight.requires_grad_(False)  # before it is copied, which TorchScript needs
     return Found(program)
 
 
@@ -179,14 +185,16 @@ class Onnx:
         self.input = self.session.get_inputs()[0]
         self.batch = self.input.shape[0] if isinstance(self.input.shape[0], int) else None
         self.fingerprint = f"onnx {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
-        self.hint = "an ONNX file only answers; for gradients, turn it into a torch network first, e.g. with onnx2torch.convert(path)"
+        self.hint = ("an ONNX file only answers; for gradients, turn it into a torch network first, "
+                     "e.g. with onnx2torch.convert(path)")
 
     def __call__(self, x: Tensor) -> Tensor:
         step, dtype = self.batch or max(1, len(x)), np.float16 if "float16" in self.input.type else np.float32
         out = []
         for part in x.cpu().split(step):
             full = torch.cat([part, part[-1:].expand(step - len(part), -1, -1, -1)]) if len(part) < step else part
-            out.append(torch.from_numpy(self.session.run(None, {self.input.name: full.numpy().astype(dtype)})[0])[: len(part)])
+            answer = self.session.run(None, {self.input.name: full.numpy().astype(dtype)})[0]
+            out.append(torch.from_numpy(answer)[: len(part)])
         return torch.cat(out)
 
 
@@ -209,7 +217,8 @@ def onnx(
     model = Onnx(path)
     meta, shape = model.session.get_modelmeta().custom_metadata_map, model.input.shape[1:]
     names = next((meta[k] for k in ("classes", "names", "id2label") if k in meta), None)
-    return Found(model, _names(names), tuple(shape) if len(shape) == 3 and all(isinstance(s, int) for s in shape) else None)
+    return Found(model, _names(names),
+                 tuple(shape) if len(shape) == 3 and all(isinstance(s, int) for s in shape) else None)
 
 # %% ../../nbs/teachers/06_adapters.ipynb #adapters-libraries
 @ADAPTERS.add
@@ -220,10 +229,13 @@ def torchvision(
     "A classifier of torchvision, with the preparation its weights were trained with."
     import torchvision.models as tvm
     name, _, which = name.partition(":")
-    if which.lower() == "none": return Found(tvm.get_model(name, weights=None), None, (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    if which.lower() == "none":
+        return Found(tvm.get_model(name, weights=None), None, (3, 224, 224), (0.485, 0.456, 0.406),
+                     (0.229, 0.224, 0.225))
     weights = tvm.get_model_weights(name)[which or "DEFAULT"]
     t, size = weights.transforms(), weights.transforms().crop_size
-    return Found(tvm.get_model(name, weights=weights), tuple(weights.meta["categories"]), (3, size[0], size[-1]), tuple(t.mean), tuple(t.std))
+    return Found(tvm.get_model(name, weights=weights), tuple(weights.meta["categories"]), (3, size[0], size[-1]),
+                 tuple(t.mean), tuple(t.std))
 
 
 @ADAPTERS.add
@@ -236,7 +248,8 @@ def timm(
     library = need("timm", "timm")
     model = library.create_model(name, pretrained=which.lower() != "none")
     config, names = library.data.resolve_data_config(model=model), model.pretrained_cfg.get("label_names")
-    return Found(model, tuple(names) if names else None, tuple(config["input_size"]), tuple(config["mean"]), tuple(config["std"]))
+    return Found(model, tuple(names) if names else None, tuple(config["input_size"]), tuple(config["mean"]),
+                 tuple(config["std"]))
 
 
 class Logits(nn.Module):
@@ -259,11 +272,14 @@ def hf(
 ) -> Found:
     "An image classifier of transformers, with the preparation of its image processor."
     library = need("transformers", "hf")
-    model = library.AutoModelForImageClassification.from_pretrained(name, use_safetensors=None if options["allow_pickle"] else True)
+    model = library.AutoModelForImageClassification.from_pretrained(name,
+                                                                    use_safetensors=None if options["allow_pickle"]
+                                                                    else True)
     try: p = library.AutoImageProcessor.from_pretrained(name).to_dict()
-    except OSError: p = {}                                                        # a folder without one: size and constants are asked for
+    except OSError: p = {}  # a folder without one: size and constants are asked for
     size = p.get("do_center_crop") and p.get("crop_size") or p.get("size") or {}
-    h, w = (size.get(s) or size.get("shortest_edge") or getattr(model.config, "image_size", None) for s in ("height", "width"))
+    h, w = (size.get(s) or size.get("shortest_edge") or getattr(model.config, "image_size", None)
+            for s in ("height", "width"))
     norm = p.get("do_normalize")
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     return Found(Logits(model), labels, (getattr(model.config, "num_channels", 3), h, w) if h and w else None,
@@ -277,7 +293,8 @@ def python(
 ) -> Found:
     "A function, or a network, of a Python file."
     path, _, name = str(spec).rpartition(":")
-    if not path or not Path(path).is_file(): raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
+    if not path or not Path(path).is_file():
+        raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
     found.loader.exec_module(module)
     if not callable(getattr(module, name, None)): raise ValueError(f"{path} has no function {name!r}")
@@ -298,7 +315,8 @@ def find(
     if name is None:
         ends = [e for f in ADAPTERS.facts.values() for e in f.get("ends", ())]
         named = [f"{n}:..." for n in ADAPTERS if "ends" not in ADAPTERS.facts[n]]
-        raise ValueError(f"unknown teacher {str(spec)!r}; expected one of {', '.join(named)}, or a file that ends in one of {', '.join(ends)}")
+        raise ValueError(f"unknown teacher {str(spec)!r}; expected one of {', '.join(named)}, "
+                         f"or a file that ends in one of {', '.join(ends)}")
     if end == ".py": return ADAPTERS[name](spec, options)
     if not Path(spec).is_file(): raise FileNotFoundError(f"{spec} does not exist; expected a teacher's file")
     return ADAPTERS[name](Path(spec), options)
@@ -309,7 +327,8 @@ def what_it_gives(
 ) -> str:
     "Whether an answer looks like logits, probabilities, labels or top-k labels."
     if not answer.is_floating_point(): return "labels" if answer.ndim == 1 else "top"
-    if answer.ndim != 2: raise ValueError(f"the teacher returned shape {list(answer.shape)}; expected [n, classes], or labels [n]")
+    if answer.ndim != 2:
+        raise ValueError(f"the teacher returned shape {list(answer.shape)}; expected [n, classes], or labels [n]")
     return "probabilities" if (answer >= 0).all() and ((answer.sum(1) - 1).abs() < 1e-3).all() else "logits"
 
 # %% ../../nbs/teachers/06_adapters.ipynb #adapters-load
@@ -319,7 +338,8 @@ def _chain(
     after: Callable | None,  # goes after it
 ) -> nn.Module | Callable:
     "One network where the model is one, else one function that keeps the model's fingerprint and hint."
-    if isinstance(found.model, nn.Module): return nn.Sequential(prepare, found.model, *([after] if isinstance(after, nn.Module) else []))
+    if isinstance(found.model, nn.Module):
+        return nn.Sequential(prepare, found.model, *([after] if isinstance(after, nn.Module) else []))
     def ask(x): return (after or (lambda a: a))(torch.as_tensor(found.model(prepare.to(x.device)(x))))
     for name in ("fingerprint", "hint", "__qualname__"):
         if hasattr(found.model, name): setattr(ask, name, getattr(found.model, name))
@@ -343,15 +363,18 @@ def load_teacher(
     "Anything that answers about images, as a teacher."
     found = find(spec, dict(allow_pickle=allow_pickle, arch=arch))
     shape = input_shape or found.input_shape
-    if shape is None: raise ValueError("what this teacher takes is not written in it; pass input_shape=(channels, height, width)")
+    if shape is None:
+        raise ValueError("what this teacher takes is not written in it; pass input_shape=(channels, height, width)")
     prepare = Prepare(found.mean if mean is None else mean, found.std if std is None else std, input_range)
     answer = _first_answer(_chain(found, prepare, None), shape, device)
     gives, given = gives or what_it_gives(answer), found.classes if classes is None else classes
     k = _count(answer, gives, given)
     if multi_label and gives != "logits": raise ValueError(f"multi_label needs logits, this teacher gives {gives}")
     after = Shares() if multi_label else (lambda a: from_top(a, k)) if gives == "top" else None
-    if gives == "top" and isinstance(found.model, nn.Module): found = Found((lambda m: lambda x: m(x))(found.model.eval().to(device)))
-    teacher = Teacher(_chain(found, prepare, after), k if given is None else given, shape, "probabilities" if after else gives, device)
+    if gives == "top" and isinstance(found.model, nn.Module):
+        found = Found((lambda m: lambda x: m(x))(found.model.eval().to(device)))
+    teacher = Teacher(_chain(found, prepare, after), k if given is None else given, shape,
+                      "probabilities" if after else gives, device)
     teacher.queries = len(answer)
     return teacher
 
@@ -367,7 +390,8 @@ def _first_answer(
     try:
         with torch.inference_mode(): return torch.as_tensor(ask(images)).cpu()
     except (RuntimeError, TypeError) as e:
-        raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {e}; check input_shape") from e
+        raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {e}; "
+                         "check input_shape") from e
 
 
 def _count(
@@ -378,9 +402,13 @@ def _count(
     "How many classes there are, or an error that asks for it or names the contradiction."
     said = classes if isinstance(classes, int) or classes is None else len(classes)
     if gives in ("labels", "top"):
-        if said is None: raise ValueError("this teacher answers with labels, which do not say how many classes there are; pass classes=...")
+        if said is None:
+            raise ValueError("this teacher answers with labels, which do not say how many classes there are; "
+                             "pass classes=...")
         return said
-    if answer.ndim != 2: raise ValueError(f"the teacher returned shape {list(answer.shape)}; expected [n, classes] for {gives}")
+    if answer.ndim != 2:
+        raise ValueError(f"the teacher returned shape {list(answer.shape)}; expected [n, classes] for {gives}")
     if said is not None and said != answer.shape[1]:
-        raise ValueError(f"the teacher answers for {answer.shape[1]} classes, but {said} are named; pass the right classes=...")
+        raise ValueError(f"the teacher answers for {answer.shape[1]} classes, but {said} are named; "
+                         "pass the right classes=...")
     return answer.shape[1]

@@ -52,7 +52,9 @@ class PairMax(torch.autograd.Function):
     def forward(ctx, y, dim):
         a, b = y.unbind(dim)
         ctx.dim = dim
-        if ctx.needs_input_grad[0]: ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a, memory_format=torch.contiguous_format)))  # 1. where a wins
+        # 1. where a wins
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.ge(a, b, out=torch.empty_like(a, memory_format=torch.contiguous_format)))
         return torch.maximum(a, b)
 
     @staticmethod
@@ -99,7 +101,8 @@ def _orders(
     shape: tuple[int, int, int],  # (C, H, W), H and W even
 ) -> tuple[Tensor, Tensor]:  # [C H W] int64 each
     "Where each pixel of the unshuffled image comes from, and the inverse."
-    with torch.inference_mode(False): there = F.pixel_unshuffle(torch.arange(math.prod(shape), device="cpu").view(shape), 2).flatten()
+    with torch.inference_mode(False):
+        there = F.pixel_unshuffle(torch.arange(math.prod(shape), device="cpu").view(shape), 2).flatten()
     return there, there.argsort()
 
 
@@ -221,11 +224,57 @@ class _Normed(torch.autograd.Function):
             out[block] = (g * r).addcmul_(u, wide, value=-1.5 * ctx.a)
         return out, None
 
+# %% ../../nbs/teachers/01_networks.ipynb #models-narrow
+def _pairs(
+    t: Tensor,  # [..., C] contiguous
+    back: bool = False,  # the channel after in place of the one before
+) -> Tensor:  # [..., C]
+    "t_c + t_{c-1}, or t_c + t_{c+1}."
+    out, flat, end = t.clone(), t.view(-1), -1 if back else 0
+    if back: out.view(-1)[:-1] += flat[1:]
+    else: out.view(-1)[1:] += flat[:-1]
+    out[..., end] = t[..., end]
+    return out
+
+
+def _share(v: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    "p = x_c² + x_{c-1}², and p / (1 + 7/8 a p): of the factor, what differs from 1, over -3/4 a."
+    p = _pairs(v * v)
+    return p, p / torch.add(1, p, alpha=0.875 * a)
+
+
+class _NormedNarrow(torch.autograd.Function):
+    "`_Normed` in the format of its input, to about that format's precision; channels last."
+
+    @staticmethod
+    def forward(ctx, x, a):
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x)
+        ctx.a, ctx.dtype, y = a, torch.float32, torch.empty_like(x)
+        for block in _blocks(x):
+            v = x[block].permute(0, 2, 3, 1)
+            torch.addcmul(v, v, _share(v, a)[1], value=-0.75 * a, out=y[block].permute(0, 2, 3, 1))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled(): return _Normed.backward(ctx, grad)  # somebody wants the gradient of the gradient
+        x, = ctx.saved_tensors
+        grad, out, a = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x), ctx.a
+        for block in _blocks(x):
+            v, g = x[block].permute(0, 2, 3, 1), grad[block].permute(0, 2, 3, 1)
+            p, share = _share(v, a)
+            scaled = torch.addcmul(g, g, share, value=-0.75 * a)
+            u = _pairs((scaled * v).div_(p.mul_(a).add_(1)), back=True)
+            torch.addcmul(scaled, v, u, value=-1.5 * a, out=out[block].permute(0, 2, 3, 1))
+        return out, None
+
 
 class PairNorm(nn.Module):
     "What `nn.LocalResponseNorm(2)` gives, several times faster on a CPU."
 
-    def forward(self, x: Tensor) -> Tensor: return _Normed.apply(x, 5e-5)
+    def forward(self, x: Tensor) -> Tensor:
+        return (_NormedNarrow if x.dtype == torch.bfloat16 else _Normed).apply(x, 5e-5)
 
 # %% ../../nbs/teachers/01_networks.ipynb #models-alexnet
 def alexnet(
@@ -380,10 +429,12 @@ def inherit(
         w = have.get(name)
         if w is None or w.ndim != own.ndim or any(a < b for a, b in zip(w.shape, own.shape)):
             raise ValueError(f"the student's {name} {list(own.shape)} has nothing to inherit from: the teacher has "
-                             f"{'no such weights' if w is None else list(w.shape)}; take a teacher of the same kind, at least as wide and as deep")
+                             f"{'no such weights' if w is None else list(w.shape)}; "
+                             "take a teacher of the same kind, at least as wide and as deep")
         flattened = own.ndim == 2 and w.shape[1] != channels[0]
         for dim, (many, few) in enumerate(zip(w.shape, own.shape)):
-            block = many // channels[0] if flattened and dim == 1 and many % channels[0] == 0 and few == many // channels[0] * channels[1] else 1
+            block = (many // channels[0] if flattened and dim == 1 and many % channels[0] == 0
+                     and few == many // channels[0] * channels[1] else 1)
             if many != few: w = w.index_select(dim, _spread(many, few, block).to(w.device))
         if own.ndim >= 2: channels = (have[name].shape[0], own.shape[0])
         out[name] = w

@@ -32,19 +32,24 @@ def check_answer(
     answer = torch.as_tensor(answer)
     want = [n] if gives == "labels" else [n, k]
     if list(answer.shape) != want:
-        raise ValueError(f"the teacher returned shape {list(answer.shape)} for {n} images; expected {want} for {gives} of {k} classes")
+        raise ValueError(f"the teacher returned shape {list(answer.shape)} for {n} images; "
+                         f"expected {want} for {gives} of {k} classes")
     if gives == "labels":
         if answer.is_floating_point() or (n and not 0 <= int(answer.min()) <= int(answer.max()) < k):
-            raise ValueError(f"the teacher's labels must be integers from 0 to {k - 1}, got {answer.dtype} {answer[:5].tolist()}")
+            raise ValueError(f"the teacher's labels must be integers from 0 to {k - 1}, "
+                             f"got {answer.dtype} {answer[:5].tolist()}")
         return F.one_hot(answer.long(), k).float()
     answer = answer.float()
     if not torch.isfinite(answer).all():
-        raise ValueError(f"the teacher returned NaN or infinity for {int((~torch.isfinite(answer)).any(1).sum())} of {n} images; check its input range ([0, 1])")
+        raise ValueError(f"the teacher returned NaN or infinity for {int((~torch.isfinite(answer)).any(1).sum())} of "
+                         f"{n} images; check its input range ([0, 1])")
     simplex = (answer >= -1e-6).all() and ((answer.sum(1) - 1).abs() < 1e-3).all()
     if gives == "probabilities" and not simplex:
-        raise ValueError(f"the teacher should give probabilities, but a row is {answer[0, :5].tolist()}...; pass gives='logits'?")
+        raise ValueError(f"the teacher should give probabilities, but a row is {answer[0, :5].tolist()}...; "
+                         "pass gives='logits'?")
     if gives == "logits" and n > 1 and simplex:
-        raise ValueError("the teacher should give logits, but every row is non-negative and sums to 1; pass gives='probabilities'")
+        raise ValueError("the teacher should give logits, but every row is non-negative and sums to 1; "
+                         "pass gives='probabilities'")
     return answer
 
 # %% ../../nbs/teachers/04_teacher.ipynb #teacher-bn
@@ -62,7 +67,8 @@ class Teacher:
 
     def __init__(
         self,
-        model: nn.Module | Callable,  # a network (copied and frozen), or a function of float32 images [n, C, H, W] in [0, 1]
+        # a network (copied and frozen), or a function of float32 images [n, C, H, W] in [0, 1]
+        model: nn.Module | Callable,
         classes: int | tuple[str, ...],  # names of the classes, or how many there are
         input_shape: tuple[int, int, int],  # (C, H, W) it takes
         gives: str = "logits",  # "logits", "probabilities" or "labels"
@@ -71,12 +77,14 @@ class Teacher:
     ):
         if gives not in GIVES: raise ValueError(f"unknown gives={gives!r}; expected one of: {', '.join(GIVES)}")
         if bn not in ("running", "batch"): raise ValueError(f"unknown bn={bn!r}; expected 'running' or 'batch'")
-        if not callable(model): raise ValueError(f"a teacher must be a network or a function, got {type(model).__name__}")
+        if not callable(model):
+            raise ValueError(f"a teacher must be a network or a function, got {type(model).__name__}")
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
         if len(self.classes) < 2: raise ValueError(f"a teacher needs at least 2 classes, got {len(self.classes)}")
         self.input_shape, self.gives, self.device, self.bn = tuple(input_shape), gives, torch.device(device), bn
-        self.queries = self.gradients = 0                 # images asked about so far, and those asked about with a graph
-        self.module = copy.deepcopy(model).eval().requires_grad_(False).to(device) if isinstance(model, nn.Module) else None
+        self.queries = self.gradients = 0  # images asked about so far, and those asked about with a graph
+        self.module = (copy.deepcopy(model).eval().requires_grad_(False).to(device) if isinstance(model, nn.Module)
+                       else None)
         if self.module is not None and bn == "batch": use_batch_statistics(self.module)
         self._ask = self.module or model
 
@@ -91,7 +99,8 @@ class Teacher:
         if self.module is None and hasattr(self._ask, "fingerprint"): return self._ask.fingerprint
         if self.module is None: return f"function {getattr(self._ask, '__qualname__', type(self._ask).__name__)}"
         h = hashlib.sha256(f"{self.gives} {self.bn}".encode())
-        for name, t in self.module.state_dict().items(): h.update(name.encode() + t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in self.module.state_dict().items():
+            h.update(name.encode() + t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return h.hexdigest()[:16]
 
     def __call__(
@@ -103,7 +112,8 @@ class Teacher:
         check_images(images, self.input_shape)
         home, k = images.device, len(self.classes)
         with torch.inference_mode():
-            out = [check_answer(self._ask(to_float(x.to(self.device))), len(x), k, self.gives).to(home) for x in images.split(batch_size)]
+            out = [check_answer(self._ask(to_float(x.to(self.device))), len(x), k, self.gives).to(home)
+                   for x in images.split(batch_size) if len(x)]
         self.queries += len(images)
         return torch.cat(out).clone() if out else torch.empty(0, k)
 
@@ -112,10 +122,13 @@ class Teacher:
         images: Tensor,  # [n, C, H, W] float32 on the teacher's device
     ) -> Tensor:  # [n, K]
         "The scores with a graph back to the images; white-box teachers only. Counts as queries, and as gradients."
-        if not self.whitebox: raise ValueError("this teacher is a black box: it has no gradients; " + getattr(self._ask, "hint", "use a strategy other than 'fill'"))
+        if not self.whitebox:
+            raise ValueError("this teacher is a black box: it has no gradients; "
+                             + getattr(self._ask, "hint", "use a strategy other than 'fill'"))
         self.queries += len(images)
         self.gradients += len(images)
         return self.module(images)
 
-    def __repr__(self): return (f"Teacher({type(self._ask).__name__}, {len(self.classes)} classes, input {self.input_shape}, "
-                                f"gives {self.gives}, {self.queries:,} queries)")
+    def __repr__(self):
+        return (f"Teacher({type(self._ask).__name__}, {len(self.classes)} classes, input {self.input_shape}, "
+                f"gives {self.gives}, {self.queries:,} queries)")
