@@ -74,7 +74,7 @@ def tensor_files(folder):
 
 
 def without_times(record):
-    times = ("seconds", "finished", "sha256", "peak_memory_mb")
+    times = ("seconds", "cpu", "finished", "sha256", "peak_memory_mb")
     if isinstance(record, dict): return {k: without_times(v) for k, v in record.items() if k not in times}
     return [without_times(v) for v in record] if isinstance(record, list) else record
 

@@ -12,7 +12,9 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-imports-core
 from kd_arbitrary.core import (
-    Registry, bfloat16_where, generator, html_bars, html_facts, html_panels, keep_freed, need_memory, option, progress,
-    takes,
+    ALONE, Alone, Registry, bfloat16_where, generator, html_bars, html_facts, html_panels, keep_freed, need_memory,
+    option, progress, takes,
 )
 from ..pictures.sources import Source
 from ..teachers.black_box import BudgetError
@@ -49,6 +51,7 @@ class FillReport:
     repeated: tuple[int, ...]  # per class: copies of other images of it
     missing: tuple[int, ...]  # per class: asked for and not there
     gradients: int = 0  # images the teacher was asked about with a graph back to them, for gradient steps
+    cpu: float = 0.0  # processor seconds
     foretold: int = 0  # images whose class was foretold before they were asked about
     foretold_right: int = 0  # of them, rightly
 
@@ -157,11 +160,15 @@ def _room(
     """An empty tensor; one in a file has its place on the disk reserved, so that a full disk is an
     error here and not a crash later."""
     if folder is None: return torch.empty(shape, dtype=dtype)
-    folder.mkdir(parents=True, exist_ok=True)
     size = max(1, math.prod(shape) * dtype.itemsize)
-    with tempfile.TemporaryFile(dir=folder) as f:
-        if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
-        values = np.memmap(f, np.uint8, "r+", shape=(size,))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size)
+            values = np.memmap(f, np.uint8, "r+", shape=(size,))
+    except OSError as e:
+        raise OSError(e.errno, f"could not make room for the set in {folder}, {size / 2**20:,.1f} MiB: {e.strerror}. "
+                      "Free some space, lower n, or choose another folder, then run the same command again") from e
     return torch.from_numpy(values)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -176,6 +183,28 @@ def answered(
         rows = teacher.box.knows(images).nonzero()[:, 0]
         warnings.warn(f"{e}; the set is made of the answers there are", stacklevel=2)
         return rows, teacher(images[rows]), True
+def _pieces(
+    source: Source,  # where images come from
+    seed: int,  # of the draws
+    block: int,  # images at a time
+    limit: int,  # images in all, at the most
+) -> Iterator[tuple[Callable, int]]:  # a function that draws a block, and how many of it are used
+    "What is to be drawn, block by block."
+    for size, make in source.blocks(seed, block):
+        yield make, min(size, limit)
+        limit -= size
+        if limit <= 0: return
+
+
+def _labelled(
+    teacher: Teacher,  # who is asked
+    piece: tuple[Callable, int],  # of `_pieces`
+) -> tuple[Tensor, Tensor, Tensor, bool]:  # images, scores, origins, and whether the budget is spent
+    "A block of images and what the teacher says of them."
+    make, size = piece
+    images, origin = (t[:size] for t in make())
+    rows, scores, spent = answered(images, teacher)
+    return images[rows], scores, origin[rows], spent
 
 
 def _draw(
@@ -188,16 +217,16 @@ def _draw(
     seed: int,  # of the draws
     show: bool,  # a progress bar
     folder: Path | None = None,  # for files that hold the images; None: in memory
+    ranks: Alone = ALONE,  # the processes that draw and ask
 ) -> tuple[_Pool, _Pool, Tensor]:
     "The images taken, the surplus kept, and how often each class was seen."
     kept, spare, seen, room = _Pool(n, folder), _Pool(surplus, folder), torch.zeros_like(room), room.clone()
     bar = progress(None, "drawing", n, show)
     # generated images are no more than are wanted: a block holds its share of them
     block = min(DRAWN, limit) if source.made() else DRAWN
-    for images, origin in source.stream(seed, block):
-        images, origin = images[: limit - int(seen.sum())], origin[: limit - int(seen.sum())]
-        rows, scores, spent = answered(images, teacher)
-        images, origin, predicted = images[rows], origin[rows], scores.argmax(1)
+    labelled = partial(_labelled, teacher)
+    for _, (images, scores, origin, spent) in ranks.each(labelled, _pieces(source, seed, block, limit)):
+        predicted = scores.argmax(1)
         mine = take(predicted, room)
         seen += torch.bincount(predicted, minlength=len(room))
         room -= torch.bincount(predicted[mine], minlength=len(room))
@@ -205,11 +234,33 @@ def _draw(
         rest = (~mine).nonzero()[:, 0][: max(0, surplus - len(spare))]
         if surplus: spare.add(images[rest], scores[rest], origin[rest])
         bar.update(int(mine.sum()))
-        if spent or len(kept) >= n or seen.sum() >= limit: break
+        if spent or len(kept) >= n: break
     bar.close()
     return kept, spare, seen
 
 # %% ../../nbs/transfer/03_balance.ipynb #balance-fill
+def _seeds(
+    g: torch.Generator,  # where they come from
+    lasting: bool,  # whether there are any
+) -> Iterator[int | None]:  # without end
+    "A seed for each block of impressions; None for nudges, which draw nothing."
+    while True: yield int(torch.randint(2**31, (), generator=g)) if lasting else None
+
+
+def _changed(
+    pool: Tensor,  # [N, C, H, W] images to start from
+    teacher: Teacher,  # white box
+    smooth: float,  # as for `push`
+    bfloat16: bool,  # as for `push`
+    task: tuple,  # ([b] positions in the pool, [b] classes to reach, [b] leads to reach them by, seed or None)
+) -> tuple[Tensor, Tensor]:  # images, scores
+    "A block of nudges, or with a seed of impressions."
+    i, to, lead, seed = task
+    if seed is None: images = push(pool[i], to, lead, teacher, smooth=smooth, bfloat16=bfloat16)
+    else: images = impress(pool[i], to, teacher, seed=seed, bfloat16=bfloat16)
+    return images, teacher(images)
+
+
 def _fill(
     kept: _Pool,  # images accepted as drawn; those that are nudged are added
     spare: _Pool,  # the surplus
@@ -221,6 +272,7 @@ def _fill(
     smooth: float = 0.0,  # as for `push`
     lasting: bool = False,  # make impressions, which last under views, instead of nudges
     bfloat16: bool = False,  # as for `push`
+    ranks: Alone = ALONE,  # the processes that nudge
 ) -> Tensor:  # [K] what is still missing
     "Nudge surplus images into the classes that are short."
     (pool, _, origin), short = (spare if len(spare) else kept).rows(), short.clone()
@@ -236,11 +288,9 @@ def _fill(
         goals = goals[torch.randperm(len(goals), generator=g)]
         start = torch.randperm(max(len(goals), len(pool)), generator=g)[: len(goals)] % len(pool)
         gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
-        for i, to, d in zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED)):
-            images = (impress(pool[i], to, teacher, seed=int(torch.randint(2**31, (), generator=g)), bfloat16=bfloat16)
-                      if lasting
-                      else push(pool[i], to, d, teacher, smooth=smooth if attempt < 2 else 0.0, bfloat16=bfloat16))
-            scores = teacher(images)
+        tasks = zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED), _seeds(g, lasting))
+        change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16)
+        for (i, to, *_), (images, scores) in ranks.each(change, tasks):
             right = (scores.argmax(1) == to) & ~made[i, to]
             kept.add(images[right], scores[right], origin[i][right])
             made[i[right], to[right]] = True
@@ -281,6 +331,7 @@ class _Work:
     settings: Balancing
     show: bool  # progress bars
     folder: Path | None  # for files that hold the images; None: in memory
+    ranks: Alone = ALONE  # the processes that make it
     want: Tensor | None = None  # [K] images wanted per class
     kept: _Pool | None = None  # images that are in the set
     spare: _Pool | None = None  # images drawn beyond it, raw material for nudges
@@ -309,7 +360,7 @@ def _drawn(
     if chooses := known.get("chooses"): chooses(work, room, n if asis else how.limit or n)
     else:
         work.kept, work.spare, work.seen = _draw(work.source, work.teacher, room, n, limit, n if nudges else 0,
-                                                 how.seed, work.show, work.folder)
+                                                 how.seed, work.show, work.folder, work.ranks)
     if not work.seen.any(): raise ValueError(f"no image of {work.source.text} was answered; is the budget spent?")
     work.accepted = torch.bincount(work.kept.rows()[1].argmax(1), minlength=len(work.want))
     work.perturbed = work.repeated = torch.zeros_like(work.want)
@@ -326,7 +377,7 @@ def _nudged(
     smooth = usual_smooth(work.source.shape) if how.smooth is None else how.smooth
     if how.bfloat16: work.teacher.module.to(memory_format=torch.channels_last)
     left = _fill(work.kept, work.spare, work.short, work.teacher, how.seed, work.show, smooth=smooth, lasting=lasting,
-                 bfloat16=how.bfloat16)
+                 bfloat16=how.bfloat16, ranks=work.ranks)
     work.perturbed, work.short = work.short - left, left
 
 
@@ -469,21 +520,24 @@ def balance(
     note: dict | None = None,  # what else its `info` should say
     # file the set goes to as it is made, for sets larger than the memory; None: in memory
     path: str | Path | None = None,
+    ranks: Alone = ALONE,  # the processes that make it together; each has the set, the first writes it
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
     complete = STRATEGIES.pick(strategy)
-    work = _Work(source, teacher, n, strategy, settings, show, Path(path).parent if path else None)
+    folder = Path(path).parent if path else None
+    work = _Work(source, teacher, n, strategy, settings, show and ranks.first, folder, ranks)
     _refuse(work)
     work.settings = settings = replace(settings, bfloat16=bfloat16_where(settings.bfloat16, teacher.device))
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
     work.making = source.made()
-    start, asked, stepped = time.perf_counter(), teacher.queries, teacher.gradients
+    start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
         _drawn(work)
         complete(work)
     _empty_classes(work)
-    report = _report(work, time.perf_counter() - start, teacher.queries - asked, teacher.gradients - stepped)
+    queries, gradients = ranks.count(teacher.queries - asked), ranks.count(teacher.gradients - stepped)
+    report = _report(work, time.perf_counter() - start, queries, gradients, time.process_time() - spent)
     return _finished(work, report, note or {}, path), report
 
 
@@ -494,8 +548,8 @@ def _room_enough(
     "Refuse a set that does not fit into the memory."
     itemsize = max(p.dtype.itemsize for p in work.source.pieces)
     needed = memory_needed(work.n, work.teacher, strategy=work.strategy, itemsize=itemsize, mapped=mapped)
-    need_memory(needed["balance"], f"a set of {work.n:,} images {tuple(work.source.shape)}",
-                "lower n, or give `path` to write the set to a file as it is made")
+    need_memory(work.ranks.world * needed["balance"], f"a set of {work.n:,} images {tuple(work.source.shape)}",
+                "lower n" if mapped else "lower n, or give `path` to write the set to a file as it is made")
     keep_freed()
 
 
@@ -504,14 +558,15 @@ def _report(
     seconds: float,  # it took
     queries: int,  # images asked about
     gradients: int,  # of them, with a graph
+    cpu: float,  # processor seconds
 ) -> FillReport:
     "What it took, class by class; what generated images cost is part of it."
-    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0) | work.making
+    ints, made = lambda t: tuple(t.tolist()), dict(queries=0, gradients=0, seconds=0.0, cpu=0.0) | work.making
     drawn = int(work.seen.sum()) if work.drawn is None else work.drawn
     return FillReport(work.strategy, work.n, work.teacher.classes, drawn, queries + made["queries"],
                       seconds + made["seconds"],
                       ints(work.seen), ints(work.accepted), ints(work.perturbed), ints(work.repeated), ints(work.short),
-                      gradients + made["gradients"], *work.foretold)
+                      gradients + made["gradients"], cpu + made["cpu"], *work.foretold)
 
 
 def _finished(
@@ -530,7 +585,10 @@ def _finished(
                  strategy=work.strategy, report=report.to_dict()) | note)
     if work.making: info["making"] = work.making
     ts = make_set(*work.kept.rows(), work.teacher, work.weights, **info)
-    if path: return TransferSet.load(ts.save(path, order))
+    if path:
+        if work.ranks.first: ts.save(path, order)
+        work.ranks.wait()
+        return TransferSet.load(path)
     return ts if order is None else ts.select(order)
 
 
