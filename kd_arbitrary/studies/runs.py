@@ -226,7 +226,8 @@ def _check_black(
     why = "and this teacher gives labels alone"
     if run.balance in STRATEGIES.where(nudges=True):
         raise ValueError(f"strategy {run.balance!r} needs gradients, {why}; use 'repeat' or 'active'")
-    if run.loss in LOSSES.where(logits=True): raise ValueError(f"loss {run.loss!r} compares logits, {why}; use loss='kl'")
+    if run.loss in LOSSES.where(logits=True):
+        raise ValueError(f"loss {run.loss!r} compares logits, {why}; use loss='kl'")
     if run.init != "random": raise ValueError(f"init={run.init!r} needs the teacher's weights, {why}")
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-claim
