@@ -375,10 +375,12 @@ def photos_views() -> list[Run]:
 # %% ../../nbs/studies/03_grids.ipynb #grids-rivals
 @grid
 def rivals_check() -> list[Run]:
-    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD on MNIST, and the same in short."
-    zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
-    ways = "zskd(steps=150,lr=0.01)", "zskd(steps=500)"
-    return [Run(target="mnist", source=s, views=v, **zskd) for s in ways for v in ("none", "affine")]
+    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD, LeNet; DeepInversion, AlexNet."
+    zskd = dict(target="mnist", n=24_000, balance="none", temperature=20, epochs=20)
+    inverted = dict(target="cifar10", n=512, balance="none", temperature=20, epochs=40, views="crop+flip", lr=2e-3)
+    short = "deepinversion(steps=120,lr=0.1,bfloat16=True)"
+    return ([Run(source="zskd(steps=40,lr=0.05)", views=v, **zskd) for v in ("none", "affine")]
+            + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", views="none", **zskd)])
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-race-trials
 RACING = dict(batch_size=64, balance="none", views="none", bfloat16=True)  # of everybody, unless said otherwise

@@ -45,6 +45,7 @@ from kd_arbitrary.transfer.balance import (
     STRATEGIES, Balancing, FillReport, balance, check_impressed, html_fates, quotas,
 )
 from ..transfer.push import check_smooth, usual_smooth
+from ..transfer.inversion import deepinversion  # noqa: F401, it enters the sources
 from ..transfer.rivals import GENERATED, check_given
 from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
 from ..transfer.sets import TransferSet, diagnose, label
