@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
-           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'PAIRS',
-           'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING', 'DRAWN_THERE',
-           'TRIED', 'MINUTES', 'RACERS', 'PACE', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free',
-           'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_queries',
-           'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs',
-           'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10',
-           'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run', 'race', 'race_combinations',
-           'select', 'step_flops', 'probe', 'estimate']
+           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'ASKED_WAYS',
+           'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING',
+           'DRAWN_THERE', 'TRIED', 'MINUTES', 'RACERS', 'PACE', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results',
+           'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict',
+           'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development',
+           'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full',
+           'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run',
+           'race', 'race_combinations', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -228,6 +228,20 @@ def photographs() -> list[Run]:
             ("cifar10+{}", best | long | dict(n=DEVELOPED["n"])), ("original", none | long)]
     return [Run(target=t, source=s.format(NEAR[t]), views=DEVELOPED["views"], empty="keep", seed=seed, **way)
             for seed in range(3) for t in NEAR for s, way in ways]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-black
+ASKED_WAYS = ("none", "active", "uncertain", "repeat", "active_repeat", "quota")  # of balancing within a budget
+BUDGETS = (1_000, 3_000, 10_000)  # questions
+
+
+@grid
+def black_box() -> list[Run]:
+    """MNIST and Fashion-MNIST, labels alone, 1,000 to 10,000 questions, 7,450 steps, three teachers: photographs, and
+    strokes with noise, as drawn, repeated, by quota, and with chosen questions."""
+    asks = lambda way, n: dict(balance=way, n=n) | ({} if way in ("none", "active", "uncertain") else dict(limit=n))
+    fixed = dict(gives="labels", views="none", empty="keep", updates=CONVERGED["updates"])
+    return [Run(target=t, source=s, seed=seed, teacher_seed=seed, **fixed | asks(way, n))
+            for n in BUDGETS for seed in TEACHERS[:3] for s in ("cifar10", MIXTURE) for way in ASKED_WAYS for t in NEAR]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-much
 @grid
