@@ -71,7 +71,7 @@ class Source:
     weights: tuple[float, ...] = field(compare=False)  # shares of the parts, sum 1
     pieces: tuple[Part, ...] = field(compare=False, repr=False)  # what the images are taken from
 
-    def made(self) -> dict:  # queries, gradients, seconds; empty where nothing is generated
+    def made(self) -> dict:  # queries, gradients, seconds, cpu (seconds); empty where nothing is generated
         "What the generated parts cost in all; those that are not there yet are made now."
         prices = [p.take.price for p in self.pieces if hasattr(p.take, "price")]
         return {k: sum(price[k] for price in prices) for k in prices[0]} if prices else {}
