@@ -518,7 +518,8 @@ def kd_distill(
         target, source = target or "digits", source or MIXTURE
         run = Run(**settings(target, source) | said, **shared, target=target, source=source,
                   balance=balance or Run.balance, views=views or Run.views,
-                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init)
+                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init,
+                  gives=gives or Run.gives)
         runs, out = comparison(run), out or default_out(run)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
         if (out / "run.json").exists(): claim(out, asdict(run))

@@ -33,12 +33,14 @@ from ..students.adversarial import ADVERSARIES, adversarial, imagine, make_gener
 from ..students.distill import Lesson, distill, html_history
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
+from ..teachers.black_box import labels_only
 from ..teachers.frozen import freezable, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
+from ..transfer.active import active  # noqa: F401, it enters the strategies
 from kd_arbitrary.transfer.balance import (
     STRATEGIES, Balancing, FillReport, balance, check_impressed, html_fates, quotas,
 )
@@ -56,7 +58,8 @@ GIVEN = ("original", "labels")  # sources that are the target itself
 SIZES = Facts(TARGETS, "size")
 OWN = Facts(TARGETS, "own")  # target -> natural sources of the same classes
 # fields that older records lack -> the neutral value
-LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
+LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random",
+             gives="logits")
 
 
 def without_neutral(
@@ -88,6 +91,7 @@ class Run(Lesson, Balancing):
     epochs: int | None = option(10, "Passes over the set; none where updates say how long")
     updates: int | None = option(None, "Optimiser steps aimed at, whatever the size of the set",
                                  unsaid="epochs say how long")
+    gives: str = option("logits", "What the teacher says: logits, or nothing but labels")
     init: str = option("random",
                        "What students begin with: random weights, or as many of the teacher's as fit: random, teacher")
 
@@ -125,7 +129,7 @@ def _resolved(
     return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running",
                       relabel=False, cached_views=1,
                       loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0,
-                      init="random")
+                      init="random", gives="logits")
 
 
 def looped(
@@ -197,6 +201,7 @@ def _check(
     pick(dict.fromkeys(("running", "batch")), run.teacher_bn, "teacher_bn")
     if pick({"random": False, "teacher": True}, run.init, "init"):
         with torch.device("meta"): inherit(make_model(run.student, shape, k), make_model(run.teacher, shape, k))
+    if pick({"logits": False, "labels": True}, run.gives, "answer of a teacher"): _check_black(run)
     for name in ("epochs", "updates", "batch_size", "cached_views", "lr", "temperature"):
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf):
@@ -214,6 +219,17 @@ def _check(
         raise ValueError(f"{run.target} has {size:,} training images, n={run.n:,} were asked for; leave n out for all")
     elif run.source == "labels" and run.n < size:
         raise ValueError(f"the source 'labels' takes all {size:,} images; leave n out")
+
+def _check_black(
+    run: Run,  # whose teacher only labels
+) -> None:
+    "Refuse what needs more than labels."
+    why = "and this teacher gives labels alone"
+    if run.balance in STRATEGIES.where(nudges=True):
+        raise ValueError(f"strategy {run.balance!r} needs gradients, {why}; use 'repeat' or 'active'")
+    if run.loss in LOSSES.where(logits=True):
+        raise ValueError(f"loss {run.loss!r} compares logits, {why}; use loss='kl'")
+    if run.init != "random": raise ValueError(f"init={run.init!r} needs the teacher's weights, {why}")
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-claim
 def claim(
@@ -288,11 +304,12 @@ def _from_transfer(
     "Make the transfer set and teach the student with it."
     if run.teacher_bn == "batch":
         teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+    whole, teacher = teacher, labels_only(teacher) if run.gives == "labels" else teacher
     source = (original(target) if run.source == "original"
               else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
     ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show, ranks)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
-    if run.init == "teacher": inherit(student, teacher.module)
+    if run.init == "teacher": inherit(student, whole.module)
     fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed",
               "bfloat16")
     taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)),
