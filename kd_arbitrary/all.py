@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generator', 'TARGETS', 'Target', 'load_natural',
-           'load_target', 'Distilled', 'distill', 'recalibrate', 'evaluate', 'GRIDS', 'Run', 'execute', 'read_records',
-           'run_grid', 'MODELS', 'count_flops', 'count_parameters', 'inherit', 'make_model', 'accuracy_bars',
-           'class_histogram', 'fill_bars', 'learning_curves', 'records_frame', 'results_table', 'sheet', 'summary',
-           'impress', 'push', 'survival', 'Source', 'make_source', 'Teacher', 'load_model', 'save_model',
-           'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy', 'label', 'export_student', 'load_student',
-           'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect', 'saved', 'Job', 'execute_job', 'load_teacher',
-           'RIVALS', 'behind_ledger', 'serve', 'budget_curves', 'Diagnosis', 'write_report']
+           'load_target', 'Distilled', 'distill', 'ADVERSARIES', 'adversarial', 'imagine', 'recalibrate', 'evaluate',
+           'GRIDS', 'Run', 'execute', 'read_records', 'run_grid', 'MODELS', 'count_flops', 'count_parameters',
+           'inherit', 'make_model', 'accuracy_bars', 'class_histogram', 'fill_bars', 'gallery', 'learning_curves',
+           'records_frame', 'results_table', 'sheet', 'summary', 'impress', 'push', 'survival', 'Source', 'make_source',
+           'Teacher', 'load_model', 'save_model', 'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy',
+           'label', 'export_student', 'load_student', 'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect',
+           'saved', 'Job', 'execute_job', 'load_teacher', 'RIVALS', 'rival', 'data_impressions', 'invert',
+           'behind_ledger', 'serve', 'budget_curves', 'Diagnosis', 'write_report']
 
 # %% ../nbs/02_all.ipynb #all-imports
 from .core import adapt, data_root, generator
 from .pictures.natural import load_natural
 from .pictures.sources import Source, make_source
+from .students.adversarial import ADVERSARIES, adversarial, imagine
 from .students.distill import Distilled, distill, recalibrate
 from .students.evaluate import evaluate
 from .students.export import export_student, load_student, make_student
 from .studies.effects import cluster_bootstrap, gains, mixed_effect, saved
-from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, learning_curves,
-                                          sheet, summary)
+from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, gallery,
+                                          learning_curves, sheet, summary)
 from .studies.grids import GRIDS
 from .studies.own import Job, execute_job
 from .studies.records import read_records, run_grid
@@ -36,19 +38,23 @@ from .teachers.targets import TARGETS, Target, load_target
 from .teachers.teacher import Teacher
 from .transfer.balance import STRATEGIES, FillReport, balance
 from .transfer.push import impress, push, survival
-from .transfer.rivals import RIVALS
+from .transfer.inversion import invert
+from .transfer.rivals import RIVALS, rival
 from .transfer.diagnosis import Diagnosis, diagnose
 from .transfer.sets import TransferSet, histogram_entropy, label
+from .transfer.zskd import data_impressions
 
 # %% ../nbs/02_all.ipynb #all-names
 _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator", "TARGETS", "Target", "load_natural",
          "load_target",
-         "Distilled", "distill", "recalibrate", "evaluate", "GRIDS", "Run", "execute", "read_records", "run_grid",
+         "Distilled", "distill", "ADVERSARIES", "adversarial", "imagine", "recalibrate", "evaluate",
+         "GRIDS", "Run", "execute", "read_records", "run_grid",
          "MODELS", "count_flops", "count_parameters", "inherit", "make_model",
-         "accuracy_bars", "class_histogram", "fill_bars", "learning_curves", "records_frame", "results_table", "sheet",
-         "summary",
+         "accuracy_bars", "class_histogram", "fill_bars", "gallery", "learning_curves", "records_frame",
+         "results_table", "sheet", "summary",
          "impress", "push", "survival", "Source", "make_source", "Teacher", "load_model", "save_model", "train_teacher",
          "TransferSet", "diagnose", "histogram_entropy", "label",
          "export_student", "load_student", "make_student", "cluster_bootstrap", "gains", "mixed_effect", "saved", "Job",
          "execute_job", "load_teacher",
-         "RIVALS", "behind_ledger", "serve", "budget_curves", "Diagnosis", "write_report"]
+         "RIVALS", "rival", "data_impressions", "invert", "behind_ledger", "serve", "budget_curves", "Diagnosis",
+         "write_report"]

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from kd_arbitrary.core import load_tensors
-from kd_arbitrary.pictures.natural import fetch, load_array, load_folder, load_picture
+from kd_arbitrary.pictures.files import load_folder
+from kd_arbitrary.pictures.natural import fetch, load_array, load_picture
 from kd_arbitrary.studies.records import RecordError, load_record, write_record
 from kd_arbitrary.studies.runs import Run, claim
 from kd_arbitrary.teachers.networks import make_model
@@ -240,7 +241,7 @@ def bomb_png(side):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("data, why", [(bomb_png(9000), "pixels"), (bomb_png(11_000), "pixels"), (bomb_png(2**31 - 1), "pixels"), (b"no picture", "identify")])
 def test_a_folder_names_the_picture(tmp_path, data, why):
-    Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "good.png")
     assert load_folder(tmp_path, 8).shape == (1, 3, 8, 8)
     (tmp_path / "bad.png").write_bytes(data)
     with pytest.raises(ValueError, match=rf"bad\.png.*{why}"): load_folder(tmp_path, 8, strict=True)

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 # %% ../../nbs/studies/07_own.ipynb #own-imports-core
-from ..core import option, write_atomic
-from ..pictures.natural import load_folder
-from ..pictures.sources import fitted, make_source
+from ..core import ALONE, Alone, option, write_atomic
+from ..pictures.files import read_pictures
+from ..pictures.sources import Source, make_source, source_from
 from ..students.distill import Distilled, Lesson, distill
 from ..students.evaluate import evaluate, machine, peak_memory_mb, versions
 from ..students.export import export_student, make_student, save_student
 from .grids import MIXTURE
-from .runs import Record, claim, code_version, now, thinned
+from .runs import Record, claim, code_version, looped, now, thinned
 from ..teachers.adapters import load_teacher
 from ..teachers.black_box import behind_ledger
 from ..teachers.networks import count_parameters
@@ -87,22 +87,45 @@ def execute_job(
     device: str = "cpu",  # where networks run
     export: str | None = None,  # also write the student as "onnx" or "pt2"
     test: str | Path | None = None,  # a folder with one sub-folder of pictures for each class
+    images=None,  # a `Source`, a `Dataset`, an array: what `source_from` takes, in place of the job's source
     show: bool = True,  # progress bars
+    ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:  # what came out: also in `job.json` of the folder
     "Do a job, or finish it."
+    if job.source and looped(job.source):
+        raise ValueError(f"{job.source!r} makes images and student together; with a teacher of your own call "
+                         "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
     out, start = Path(out), time.perf_counter()
     teacher = _teacher(job, out, device)
-    source = make_source(job.source or MIXTURE, teacher.input_shape, root, teacher=teacher, n=job.n or IMAGES,
-                         seed=job.seed, show=show)
+    if ranks.world > 1 and hasattr(teacher, "box"):
+        raise ValueError(f"a teacher with a price is asked by one process, and there are {ranks.world}; "
+                         "start the command without torchrun")
+    source = _source(job, teacher, images, root, show)
     job = _settled(replace(job, source=source.text), teacher, source.size)
-    claim(out, asdict(job))
-    ts = _set(job, source, teacher, out, show)
+    if ranks.first: claim(out, asdict(job))
+    ts = _set(job, source, teacher, out, show, ranks)
     student = make_student(job.student, teacher.input_shape, len(teacher.classes), job.seed)
-    taught = _taught(job, teacher, student, ts, out, device, show)
+    taught = _taught(job, teacher, student, ts, out, device, show, ranks)
     record = _told(job, teacher, ts, taught, time.perf_counter() - start)
+    if source.left_out["count"]: record["left_out"] = source.left_out
     if test: record["test"] = dict(folder=str(test)) | evaluate_folder(taught.student, test, teacher)
-    _files(record, taught, teacher, out, export)
+    if ranks.first: _files(record, taught, teacher, out, export)
     return record
+
+
+def _source(
+    job: Job,
+    teacher: Teacher,
+    images,  # in place of the job's source
+    root: str | Path | None,
+    show: bool,
+) -> Source:
+    "Where images come from."
+    if images is None:
+        return make_source(job.source or MIXTURE, teacher.input_shape, root, teacher=teacher, n=job.n or IMAGES,
+                           seed=job.seed, show=show)
+    if isinstance(images, Source): return images
+    return source_from(images, teacher.input_shape, root, show=show)
 
 
 def _teacher(
@@ -123,6 +146,7 @@ def _set(
     teacher: Teacher,
     out: Path,
     show: bool,
+    ranks: Alone,
 ) -> TransferSet:
     "The transfer set: read from its file where it is the same, else made and kept."
     path, fields = out / "transfer.safetensors", ("limit", "empty", "seed", "smooth", "imbalance", "missing",
@@ -134,7 +158,7 @@ def _set(
         same_run(path, ts.info.get("job", {}), wanted)
         return ts
     return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,
-                   note=dict(job=wanted))[0]
+                   note=dict(job=wanted), ranks=ranks)[0]
 
 
 def _taught(
@@ -145,13 +169,14 @@ def _taught(
     out: Path,
     device: str,
     show: bool,
+    ranks: Alone,
 ) -> Distilled:
     "The student, taught."
     fields = ("epochs", "batch_size", "lr", "temperature", "loss", "views", "cached_views", "holdout", "seed",
               "bfloat16")
     relabel = False if job.budget else job.relabel
     return distill(teacher, student, ts, **{k: getattr(job, k) for k in fields}, relabel=relabel, device=device,
-                   checkpoint=out / "checkpoint.safetensors", show=show)
+                   checkpoint=out / "checkpoint.safetensors", show=show, ranks=ranks)
 
 # %% ../../nbs/studies/07_own.ipynb #own-tell
 def _told(
@@ -206,7 +231,7 @@ def evaluate_folder(
     if wrong := sorted(set(folders) - set(teacher.classes)):
         raise ValueError(f"{path} has folders that are no classes: {', '.join(wrong[:5])}; "
                          f"the teacher's classes are {', '.join(teacher.classes[:10])} ...")
-    parts = [(fitted(load_folder(p, tuple(teacher.input_shape[1:])), teacher.input_shape), teacher.classes.index(name))
+    parts = [(read_pictures(p, teacher.input_shape, show=False).images, teacher.classes.index(name))
              for name, p in folders.items()]
     labels = torch.cat([torch.full((len(x),), c, dtype=torch.int64) for x, c in parts])
     asked = None if hasattr(teacher, "box") else teacher                      # a question may have a price

@@ -67,6 +67,7 @@ def _row(
     row |= (_scalars(r["results"])
             | {name: sum(r["report"][fate]) for fate, name in FATES.items() if fate in r["report"]})
     row |= _scalars(r["seconds"], "seconds_") | dict(kind=r["data"].get("kind") or source_kind(row.get("source", "")))
+    row |= _scalars(record.get("cpu"), "cpu_") | dict(cpu=sum(record["cpu"].values()) if record.get("cpu") else None)
     if set(STUDENT_COST) <= set(r["seconds"]): row["seconds"] = sum(r["seconds"][s] for s in STUDENT_COST)
     return row
 

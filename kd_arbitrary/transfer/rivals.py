@@ -91,14 +91,14 @@ class Made:
         show: bool = False,  # a progress bar
     ):
         self.name, self.batches, self.commission, self.path, self.show = name, batches, commission, path, show
-        self.images, self._price = None, dict(queries=0, gradients=0, seconds=0.0)
+        self.images, self._price = None, dict(queries=0, gradients=0, seconds=0.0, cpu=0.0)
 
     def __len__(self): return self.commission.n
 
     def __getitem__(self, rows) -> Tensor: return self.all()[rows]
 
     @property
-    def price(self) -> dict:  # queries, gradients, seconds
+    def price(self) -> dict:  # queries, gradients, seconds, processor seconds (`cpu`)
         "What the images cost, whenever that was."
         self.all()
         return dict(self._price)
@@ -141,11 +141,11 @@ class Made:
 
     def _paid(self, make: Callable[[], Tensor]) -> Tensor:
         "A batch, its costs added to the price."
-        teacher, start = self.commission.teacher, time.perf_counter()
+        teacher, start, busy = self.commission.teacher, time.perf_counter(), time.process_time()
         asked, stepped = teacher.queries, teacher.gradients
         images = to_stored(make().detach().cpu(), torch.uint8)
         spent = dict(queries=teacher.queries - asked, gradients=teacher.gradients - stepped,
-                     seconds=time.perf_counter() - start)
+                     seconds=time.perf_counter() - start, cpu=time.process_time() - busy)
         self._price = {k: self._price[k] + v for k, v in spent.items()}
         return images
 
@@ -166,7 +166,7 @@ class Made:
         except ValueError as e:
             warnings.warn(f"{e}; they are made again", stacklevel=6)
             return nothing
-        self._price = info["price"]
+        self._price = dict(cpu=0.0) | info["price"]
         return tensors["images"], info["done"]
 
     def _save(self, images: Tensor, at: int, done: int):
@@ -273,6 +273,7 @@ def _key(
     "The name of a set: a hash of all its images depend on."
     pieces = [p.take for p in work.start.pieces if p.size] if work.start else []
     files = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in pieces]
+    if said.get("student"): files.append(hashlib.sha256(Path(said["student"]).read_bytes()).hexdigest())
     config = [EDITION, name, said, work.n, work.seed, work.teacher.fingerprint, list(work.teacher.input_shape), files]
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
