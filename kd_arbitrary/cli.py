@@ -110,7 +110,7 @@ def _device(
 
 # %% ../nbs/01_cli.ipynb #cli-rows
 # two minutes on two cores; chosen by held-out agreement
-JOBS = {"digits": dict(n=20_000, epochs=8, batch_size=128, lr=0.01)}
+JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128, lr=0.01)}
 JOB = dict(n=60_000, epochs=10, batch_size=128, lr=0.01)  # all other targets
 SHOWN = {"digits": "strokes"}  # target -> source where none is named; an example in which balance is seen to act
 FEW = {"digits": 200}  # target -> images of the small set that is shown beside the large one
