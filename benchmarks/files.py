@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-BOUND = 200  # MiB beyond what the process held before: 64 that stay in memory at first, 16 that are written at a time, names, decoders
+BOUND = 128  # MiB beyond what the process held before: 64 that stay in memory at first, 16 that are written at a time, names, decoders
 
 
 def status(name: str) -> float:

@@ -125,7 +125,7 @@ def command_of(
     said = {k: v for k, v in settings.items() if plain(v) != plain(usual.get(k)) or k in _ALWAYS}
     said = {k: said[k] for k in sorted(said, key=lambda k: _ALWAYS.index(k) if k in _ALWAYS else len(_ALWAYS))}
     without = {k: v for k, v in settings.items() if k not in ONLY_PYTHON}
-    given = str(settings["source"]).startswith("given(")                      # images that were in the memory of a program
+    given = str(settings["source"]).startswith("given(")  # images that were in the memory of a program
     if given or kind(**without) != kind(**settings): return _in_python(kind, settings, out)
     said = {k: v for k, v in said.items() if k not in ONLY_PYTHON}
     words = [w for k, v in (said | more).items() for w in _word(k, v)]
