@@ -30,7 +30,8 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split(),
                     "bench": cfg["bench_requirements"].split(),
-                    **{e: cfg[f"{e}_requirements"].split() for e in ("timm", "onnx", "hf", "datasets")}},
+                    **{e: cfg[f"{e}_requirements"].split()
+                       for e in ("timm", "onnx", "hf", "datasets", "fabric")}},
     entry_points={
         "console_scripts": [f"kd_distill={name}.cli:distill_main", f"kd_experiment={name}.cli:experiment_main",
                             f"kd_diagnose={name}.cli:diagnose_main", f"kd_report={name}.cli:report_main"],

@@ -188,7 +188,7 @@ def asked(work: Work, sizes: tuple[int, ...]) -> dict[str, tuple[int, dict]]:
     n = min(len(work.transfer), max(sizes))
     images, teachers = work.transfer.images[:n], {"": work.teachers["fast"]}
     if work.pair.bfloat16: teachers[", frozen"] = frozen(work.teachers["fast"])
-    return {f"teacher, inference by batch size{how}": (n, {str(b): (lambda b=b: teacher(images, b)) for b in sizes if b <= n}) for how, teacher in teachers.items()}
+    return {f"teacher, inference by batch size{how}": (n, {str(b): (lambda b=b, teacher=teacher: teacher(images, b)) for b in sizes if b <= n}) for how, teacher in teachers.items()}
 
 
 def balanced(work: Work, n: int, repeats: int, texts: tuple[str, ...] = ("gaussian", "pyramid")) -> list[dict]:

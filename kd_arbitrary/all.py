@@ -10,8 +10,8 @@ __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generat
            'results_table', 'sheet', 'summary', 'impress', 'push', 'survival', 'Source', 'make_source', 'Teacher',
            'load_model', 'save_model', 'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy', 'label',
            'export_student', 'load_student', 'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect', 'saved',
-           'Job', 'execute_job', 'load_teacher', 'RIVALS', 'behind_ledger', 'serve', 'budget_curves', 'Diagnosis',
-           'write_report']
+           'Job', 'execute_job', 'load_teacher', 'RIVALS', 'rival', 'data_impressions', 'invert', 'behind_ledger',
+           'serve', 'budget_curves', 'Diagnosis', 'write_report']
 
 # %% ../nbs/02_all.ipynb #all-imports
 from .core import adapt, data_root, generator
@@ -38,9 +38,11 @@ from .teachers.targets import TARGETS, Target, load_target
 from .teachers.teacher import Teacher
 from .transfer.balance import STRATEGIES, FillReport, balance
 from .transfer.push import impress, push, survival
-from .transfer.rivals import RIVALS
+from .transfer.inversion import invert
+from .transfer.rivals import RIVALS, rival
 from .transfer.diagnosis import Diagnosis, diagnose
 from .transfer.sets import TransferSet, histogram_entropy, label
+from .transfer.zskd import data_impressions
 
 # %% ../nbs/02_all.ipynb #all-names
 _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator", "TARGETS", "Target", "load_natural",
@@ -54,4 +56,5 @@ _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator
          "TransferSet", "diagnose", "histogram_entropy", "label",
          "export_student", "load_student", "make_student", "cluster_bootstrap", "gains", "mixed_effect", "saved", "Job",
          "execute_job", "load_teacher",
-         "RIVALS", "behind_ledger", "serve", "budget_curves", "Diagnosis", "write_report"]
+         "RIVALS", "rival", "data_impressions", "invert", "behind_ledger", "serve", "budget_curves", "Diagnosis",
+         "write_report"]

@@ -14,6 +14,7 @@ import errno
 import io
 import json
 import multiprocessing
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from typer.core import TyperCommand, TyperGroup
 
 # %% ../nbs/01_cli.ipynb #cli-imports-core
 from . import __version__
-from .core import load_plugin, pick, write_atomic
+from .core import ALONE, Alone, load_plugin, pick, write_atomic
 from .pictures.files import SUFFIXES
 from .pictures.noise import SOURCES
 from .pictures.sources import make_source
@@ -39,6 +40,7 @@ from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
 from .studies.own import Job, execute_job
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
+from .students.ranks import ranks
 from .studies.report import find_runs, report_data, write_report
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
 from .studies.tables import SETTING, grid_frame, results_table
@@ -70,7 +72,7 @@ def exit_with(
         except Exception as e:
             if debug: raise
             kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
-            _say(f"error: {kind}{_words(e)}")
+            _say(f"error: {kind}{_words(e)}", everywhere=not isinstance(e, (ValueError, OSError)))
             raise typer.Exit(status) from None
 
 
@@ -87,7 +89,12 @@ def _words(
     return f"{e.filename}: {e.strerror}; {_REMEDIES[e.errno]}"
 
 
-def _say(text: str) -> None: typer.echo(" ".join(text.split()), err=True)
+def _say(
+    text: str,  # one line for stderr
+    everywhere: bool = False,  # of several ranks, each says it; else only the first
+) -> None:
+    "Tell the user."
+    if everywhere or int(os.environ.get("RANK", 0)) == 0: typer.echo(" ".join(text.split()), err=True)
 
 
 def _device(
@@ -150,24 +157,37 @@ def compare(
     root: Path | None,  # data root
     device: str,  # where networks run
     show: bool,  # progress
+    together: Alone = ALONE,  # the processes that do it together
 ) -> dict[str, dict]:  # folder name to record
     "Do what is not done yet."
-    out.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
     records, page = {}, out / "report.html"
-    with lock:
+    with _locked(out, together):
         for name, run in runs.items():
             if find_record(out / name, run) is None:
                 many = f"{run.n:,} images of " if run.n else ""
                 if show: _say(f"{name}: {run.student} from {many}{run.source}, {updates(run):,} steps")
-                write_record(out / name, execute(run, root=root, out=out / name, device=device, show=show))
-                page.unlink(missing_ok=True)
+                record = execute(run, root=root, out=out / name, device=device, show=show, ranks=together)
+                if together.first: write_record(out / name, record)
+                if together.first: page.unlink(missing_ok=True)
+            together.wait()
             records[name] = find_record(out / name, run)
-        _draw_summary(records, out)
-        if not page.exists(): write_report(out)
+        if together.first: _draw_summary(records, out)
+        if together.first and not page.exists(): write_report(out)
     return records
+
+
+@contextmanager
+def _locked(
+    out: Path,  # made if missing
+    together: Alone,  # processes of which one holds the lock
+) -> Iterator[None]:
+    "A block in which nobody else works in a folder."
+    if not together.first: return (yield)
+    out.mkdir(parents=True, exist_ok=True)
+    try: lock = FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
+    with lock: yield
 
 
 def _draw_summary(
@@ -388,13 +408,11 @@ def distil_own(
     **options,  # of `execute_job`
 ) -> None:
     "Do a job and say what became of it."
-    out.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
-    with lock:
-        record = execute_job(job, out, **options)
-        write_report(out)
+    with ranks(options["device"]) as together:
+        with _locked(out, together):
+            record = execute_job(job, out, **options, ranks=together)
+            if together.first: write_report(out)
+        if not together.first: return
     files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
     typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json
                else f"{job_table(record)}\n\n{listing(files)}")
@@ -500,13 +518,15 @@ def kd_distill(
         target, source = target or "digits", source or MIXTURE
         run = Run(**settings(target, source) | said, **shared, target=target, source=source,
                   balance=balance or Run.balance, views=views or Run.views,
-                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init)
+                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init,
+                  gives=gives or Run.gives)
         runs, out = comparison(run), out or default_out(run)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
         if (out / "run.json").exists(): claim(out, asdict(run))
-    with exit_with(1, debug):
-        claim(out, asdict(run))
-        records = compare(runs, out, root, device, not quiet)
+    with exit_with(1, debug), ranks(device) as together:
+        if together.first: claim(out, asdict(run))
+        records = compare(runs, out, root, device, not quiet, together)
+        if not together.first: return
         files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
         if as_json:
             typer.echo(json.dumps(dict(out=str(out), teacher=next(iter(records.values()))["teacher"]) | records

@@ -71,7 +71,7 @@ class Source:
     weights: tuple[float, ...] = field(compare=False)  # shares of the parts, sum 1
     pieces: tuple[Part, ...] = field(compare=False, repr=False)  # what the images are taken from
 
-    def made(self) -> dict:  # queries, gradients, seconds; empty where nothing is generated
+    def made(self) -> dict:  # queries, gradients, seconds, cpu (seconds); empty where nothing is generated
         "What the generated parts cost in all; those that are not there yet are made now."
         prices = [p.take.price for p in self.pieces if hasattr(p.take, "price")]
         return {k: sum(price[k] for price in prices) for k in prices[0]} if prices else {}
@@ -90,29 +90,41 @@ class Source:
         if n < 0 or self.size is not None and n > self.size:
             raise ValueError(f"{self.text} has {self.size or 'endless'} images, n={n} were asked for; "
                              "lower n, or mix the source with an endless one")
-        return self._block(n, generator, self._orders(generator), [0] * len(self.pieces))[0]
+        orders, used = self._orders(generator), [0] * len(self.pieces)
+        return self._block(self._counts(n, generator, used), generator, orders, used)[0]
 
     def stream(self,
         seed: int,  # equal seeds give equal streams
         block: int = 1024,  # images in a block, >= 1; the last block of a finite source may be smaller
     ) -> Iterator[tuple[Tensor, Tensor]]:  # ([b, C, H, W] images, [b] uint8 index into `parts`)
         "Blocks of images and their origins, until the source is exhausted."
+        for _, make in self.blocks(seed, block): yield make()
+
+    def blocks(self,
+        seed: int,  # as for `stream`
+        block: int,  # as for `stream`
+    ) -> Iterator[tuple[int, Callable]]:  # images in the block, and a function that makes what `stream` gives
+        "The blocks of `stream`, none of them drawn yet; who has many hands draws them in any order."
         if block < 1: raise ValueError(f"block must be 1 or more, got {block}")
         orders, used = self._orders(generator(seed, "order")), [0] * len(self.pieces)
         for i in count():
-            images, origin, counts = self._block(block, generator(seed, "draw", i), orders, used)
-            if not len(images): return
+            g = generator(seed, "draw", i)
+            counts = self._counts(block, g, used)
+            if not sum(counts): return
+            yield sum(counts), partial(self._block, counts, g, orders, used)
             used = [u + c for u, c in zip(used, counts)]
-            yield images, origin
 
     def _orders(self, generator):
         "The order in which finite parts hand out their images; None for endless parts."
         return [None if p.size is None else torch.randperm(p.size, generator=generator) for p in self.pieces]
 
-    def _block(self, n, generator, orders, used):
-        "Up to n images, their origins, and how many each part gave."
-        left = [math.inf if o is None else len(o) - u for o, u in zip(orders, used)]
-        counts = share(n, self.weights, left, generator)
+    def _counts(self, n, generator, used):
+        "How many of up to n images each part gives."
+        left = [math.inf if p.size is None else p.size - u for p, u in zip(self.pieces, used)]
+        return share(n, self.weights, left, generator)
+
+    def _block(self, counts, generator, orders, used):
+        "So many images of each part, and their origins."
         dtype = max((p.dtype for p in self.pieces), key=lambda d: d.is_floating_point)
         images = [torch.empty(0, *self.shape, dtype=dtype)]
         for p, c, o, u in zip(self.pieces, counts, orders, used):
@@ -120,9 +132,9 @@ class Source:
             x = p.take(c, generator) if o is None else p.take[o[u:u + c]]
             images.append(x if x.dtype == dtype else x.to(dtype).div_(255))
         origin = torch.arange(len(counts), dtype=torch.uint8).repeat_interleave(torch.tensor(counts))
-        if len(counts) == 1: return images[-1], origin, counts
+        if len(counts) == 1: return images[-1], origin
         stir = torch.randperm(len(origin), generator=generator)
-        return torch.cat(images)[stir], origin[stir], counts
+        return torch.cat(images)[stir], origin[stir]
 
 # %% ../../nbs/pictures/07_sources.ipynb #sources-levels
 LONGEST = 2048  # pixels; larger pictures are scaled down first

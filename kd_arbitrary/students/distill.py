@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports-core
 from kd_arbitrary.core import (
-    generator, html_facts, html_line, html_panels, need_memory, option, takes, to_float, to_stored,
+    ALONE, Alone, generator, html_facts, html_line, html_panels, need_memory, option, takes, to_float, to_stored,
 )
 from ..pictures.views import make_views
 from .losses import LOSSES
@@ -35,17 +35,18 @@ def cache_views(
     seed: int = 0,  # of the views
     batch_size: int = 1024,  # images altered and mixed together
     rows: Tensor | None = None,  # [N] which images of the set; None: all
+    ranks: Alone = ALONE,  # the processes that ask
 ) -> tuple[Tensor, Tensor]:  # ([k N, C, H, W] as stored, [k N, K] scores); row v N + i is view v of image i
     "Views of the set's images with what the teacher says of each."
     rows = torch.arange(len(transfer)) if rows is None else rows
     images = torch.empty(k * len(rows), *transfer.images.shape[1:], dtype=transfer.images.dtype)
     scores, apply = torch.empty(len(images), transfer.scores.shape[1]), make_views(views)
-    for v in range(k):
-        g = generator(seed, "cached views", v)
-        for i in torch.arange(len(rows)).split(batch_size):
-            y = apply(to_float(transfer.images[rows[i]]), g)
-            y = to_stored(y, images.dtype)
-            images[v * len(rows) + i], scores[v * len(rows) + i] = y, teacher(y)
+    def altered():
+        for v in range(k):
+            g = generator(seed, "cached views", v)
+            for i in torch.arange(len(rows)).split(batch_size):
+                yield v * len(rows) + i, to_stored(apply(to_float(transfer.images[rows[i]]), g), images.dtype)
+    for (at, y), answer in ranks.each(lambda view: teacher(view[1]), altered()): images[at], scores[at] = y, answer
     return images, scores
 
 # %% ../../nbs/students/02_distill.ipynb #distill-distill
@@ -150,6 +151,7 @@ class _Class:
     weights: Tensor | None  # [n] sampling probabilities
     asked: int  # the teacher's queries when they were last looked at
     cached: int  # queries of the cached views
+    ranks: Alone  # the processes that teach together
 
     def loss_of(
         self,
@@ -157,25 +159,28 @@ class _Class:
         index: Tensor,  # [b] which of `rows`
         g: torch.Generator,  # for views and the choice among cached ones
     ) -> Tensor:  # scalar
-        "The loss of a batch."
+        "The loss of a batch; of several ranks, each draws the views of all of it, and then does its part."
         index = (self.rows[index]
                  + (len(self.rows) * torch.randint(self.copies, index.shape, generator=g) if self.copies > 1 else 0))
         index = index.to(self.device)
         x = to_float(self.images.index_select(0, index))
         if self.relabel and self.views: x = self.views(x, g)
+        mine, weight = self.ranks.part(len(x))
+        x, index = x[mine], index[mine]
         target = self.teacher(x, len(x)) if self.relabel else self.scores[index]
-        return self.loss(model(x), target, self.teacher.gives, self.temperature)
+        return weight * self.loss(model(x), target, self.teacher.gives, self.temperature)
 
     def measure(
         self,
         model: nn.Module,  # the student
     ) -> dict:  # queries of the epoch; agreement (0..1), where something is held out
         "How often student and teacher agree on what is held out."
-        out, self.asked = dict(queries=self.teacher.queries - self.asked), self.teacher.queries
-        if not len(self.held): return out
-        parts = [(self.transfer.images[i], self.transfer.scores[i]) for i in self.held.split(1024)]
-        same = [predict(model, x, device=self.device).argmax(1) == scores.argmax(1) for x, scores in parts]
-        return out | dict(agreement=torch.cat(same).float().mean().item())
+        queries, self.asked = self.ranks.count(self.teacher.queries - self.asked), self.teacher.queries
+        if not len(self.held): return dict(queries=queries)
+        images, scores = self.transfer.images, self.transfer.scores
+        agree = lambda i: predict(model, images[i], device=self.device).argmax(1) == scores[i].argmax(1)
+        same = [answer for _, answer in self.ranks.each(agree, self.held.split(1024))]
+        return dict(queries=queries, agreement=torch.cat(same).float().mean().item())
 
 
 def _material(
@@ -184,6 +189,7 @@ def _material(
     settings: Lesson,  # how
     relabel: bool,  # ask the teacher in the loop
     device: str,  # of the images
+    ranks: Alone,  # the processes that teach together
 ) -> _Class:
     "Hold out a share, and make and label the cached views, if there are any."
     before = teacher.queries
@@ -193,11 +199,11 @@ def _material(
     views, weights = make_views(settings.views), None if transfer.weights is None else transfer.weights[rows]
     if views and not relabel:
         copies = settings.cached_views
-        images, scores = cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows)
+        images, scores = cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows, ranks=ranks)
         rows = torch.arange(len(rows))
     return _Class(teacher, transfer, held, images.to(device), scores.to(device), rows, copies, views, relabel,
                   LOSSES[settings.loss], settings.temperature, device, weights, teacher.queries,
-                  teacher.queries - before)
+                  ranks.count(teacher.queries - before), ranks)
 
 
 @takes(Lesson)
@@ -210,6 +216,7 @@ def distill(
     device: str = "cpu",  # of student and images
     checkpoint: str | Path | None = None,  # file to continue from, and to write after epochs, at most once a second
     show: bool = True,  # a progress bar
+    ranks: Alone = ALONE,  # the processes that teach one student together, see `Ranks`
 ) -> Distilled:
     "Train the student to answer as the teacher does on the transfer set."
     _refuse(teacher, transfer, settings)
@@ -221,14 +228,13 @@ def distill(
                          "make it with as many")
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
     with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
-        taught = _material(asked, transfer, settings, relabel, device)
+        taught = _material(asked, transfer, settings, relabel, device, ranks)
         # as `fit` does with the student
         if settings.bfloat16 and teacher.module is not None: asked.module.to(memory_format=torch.channels_last)
         config = ({} if checkpoint is None
                   else _config(taught, settings) | (dict(frozen=True) if asked is not teacher else {}))
         run = fit(student, taught.loss_of, len(taught.rows), weights=taught.weights, measure=taught.measure,
-                  checkpoint=checkpoint, config=config,
-                  device=device, desc="distilling", show=show,
+                  checkpoint=checkpoint, config=config, device=device, desc="distilling", show=show, ranks=ranks,
                   **{k: getattr(settings, k) for k in ("epochs", "batch_size", "lr", "seed", "bfloat16")})
     total = lambda what: sum(entry[what] for entry in run.history)
     spent = sum(entry.get("cpu", 0.0) for entry in run.history)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
-           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'PAIRS',
-           'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING', 'DRAWN_THERE',
-           'TRIED', 'MINUTES', 'RACERS', 'PACE', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free',
-           'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_queries',
-           'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs',
-           'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10',
-           'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run', 'race', 'race_combinations',
-           'select', 'step_flops', 'probe', 'estimate']
+           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'ASKED_WAYS',
+           'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING',
+           'DRAWN_THERE', 'TRIED', 'MINUTES', 'RACERS', 'PACE', 'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results',
+           'image_free', 'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict',
+           'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development',
+           'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full',
+           'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run',
+           'race', 'race_combinations', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -229,6 +229,20 @@ def photographs() -> list[Run]:
     return [Run(target=t, source=s.format(NEAR[t]), views=DEVELOPED["views"], empty="keep", seed=seed, **way)
             for seed in range(3) for t in NEAR for s, way in ways]
 
+# %% ../../nbs/studies/03_grids.ipynb #grids-black
+ASKED_WAYS = ("none", "active", "uncertain", "repeat", "active_repeat", "quota")  # of balancing within a budget
+BUDGETS = (1_000, 3_000, 10_000)  # questions
+
+
+@grid
+def black_box() -> list[Run]:
+    """MNIST and Fashion-MNIST, labels alone, 1,000 to 10,000 questions, 7,450 steps, three teachers: photographs, and
+    strokes with noise, as drawn, repeated, by quota, and with chosen questions."""
+    asks = lambda way, n: dict(balance=way, n=n) | ({} if way in ("none", "active", "uncertain") else dict(limit=n))
+    fixed = dict(gives="labels", views="none", empty="keep", updates=CONVERGED["updates"])
+    return [Run(target=t, source=s, seed=seed, teacher_seed=seed, **fixed | asks(way, n))
+            for n in BUDGETS for seed in TEACHERS[:3] for s in ("cifar10", MIXTURE) for way in ASKED_WAYS for t in NEAR]
+
 # %% ../../nbs/studies/03_grids.ipynb #grids-much
 @grid
 def imbalance() -> list[Run]:
@@ -361,10 +375,12 @@ def photos_views() -> list[Run]:
 # %% ../../nbs/studies/03_grids.ipynb #grids-rivals
 @grid
 def rivals_check() -> list[Run]:
-    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD on MNIST, and the same in short."
-    zskd = dict(n=24_000, balance="none", temperature=20, epochs=40)
-    ways = "zskd(steps=150,lr=0.01)", "zskd(steps=500)"
-    return [Run(target="mnist", source=s, views=v, **zskd) for s in ways for v in ("none", "affine")]
+    "The rivals as near to their papers as two cores allow, nothing balanced: ZSKD, LeNet; DeepInversion, AlexNet."
+    zskd = dict(target="mnist", n=24_000, balance="none", temperature=20, epochs=20)
+    inverted = dict(target="cifar10", n=512, balance="none", temperature=20, epochs=40, views="crop+flip", lr=2e-3)
+    short = "deepinversion(steps=120,lr=0.1,bfloat16=True)"
+    return ([Run(source="zskd(steps=40,lr=0.05)", views=v, **zskd) for v in ("none", "affine")]
+            + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", views="none", **zskd)])
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-race-trials
 RACING = dict(batch_size=64, balance="none", views="none", bfloat16=True)  # of everybody, unless said otherwise

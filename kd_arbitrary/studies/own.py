@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 # %% ../../nbs/studies/07_own.ipynb #own-imports-core
-from ..core import option, write_atomic
+from ..core import ALONE, Alone, option, write_atomic
 from ..pictures.files import read_pictures
 from ..pictures.sources import Source, make_source, source_from
 from ..students.distill import Distilled, Lesson, distill
@@ -89,20 +89,24 @@ def execute_job(
     test: str | Path | None = None,  # a folder with one sub-folder of pictures for each class
     images=None,  # a `Source`, a `Dataset`, an array: what `source_from` takes, in place of the job's source
     show: bool = True,  # progress bars
+    ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:  # what came out: also in `job.json` of the folder
     "Do a job, or finish it."
     out, start = Path(out), time.perf_counter()
     teacher = _teacher(job, out, device)
+    if ranks.world > 1 and hasattr(teacher, "box"):
+        raise ValueError(f"a teacher with a price is asked by one process, and there are {ranks.world}; "
+                         "start the command without torchrun")
     source = _source(job, teacher, images, root, show)
     job = _settled(replace(job, source=source.text), teacher, source.size)
-    claim(out, asdict(job))
-    ts = _set(job, source, teacher, out, show)
+    if ranks.first: claim(out, asdict(job))
+    ts = _set(job, source, teacher, out, show, ranks)
     student = make_student(job.student, teacher.input_shape, len(teacher.classes), job.seed)
-    taught = _taught(job, teacher, student, ts, out, device, show)
+    taught = _taught(job, teacher, student, ts, out, device, show, ranks)
     record = _told(job, teacher, ts, taught, time.perf_counter() - start)
     if source.left_out["count"]: record["left_out"] = source.left_out
     if test: record["test"] = dict(folder=str(test)) | evaluate_folder(taught.student, test, teacher)
-    _files(record, taught, teacher, out, export)
+    if ranks.first: _files(record, taught, teacher, out, export)
     return record
 
 
@@ -139,6 +143,7 @@ def _set(
     teacher: Teacher,
     out: Path,
     show: bool,
+    ranks: Alone,
 ) -> TransferSet:
     "The transfer set: read from its file where it is the same, else made and kept."
     path, fields = out / "transfer.safetensors", ("limit", "empty", "seed", "smooth", "imbalance", "missing",
@@ -150,7 +155,7 @@ def _set(
         same_run(path, ts.info.get("job", {}), wanted)
         return ts
     return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,
-                   note=dict(job=wanted))[0]
+                   note=dict(job=wanted), ranks=ranks)[0]
 
 
 def _taught(
@@ -161,13 +166,14 @@ def _taught(
     out: Path,
     device: str,
     show: bool,
+    ranks: Alone,
 ) -> Distilled:
     "The student, taught."
     fields = ("epochs", "batch_size", "lr", "temperature", "loss", "views", "cached_views", "holdout", "seed",
               "bfloat16")
     relabel = False if job.budget else job.relabel
     return distill(teacher, student, ts, **{k: getattr(job, k) for k in fields}, relabel=relabel, device=device,
-                   checkpoint=out / "checkpoint.safetensors", show=show)
+                   checkpoint=out / "checkpoint.safetensors", show=show, ranks=ranks)
 
 # %% ../../nbs/studies/07_own.ipynb #own-tell
 def _told(

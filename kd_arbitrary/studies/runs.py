@@ -25,7 +25,7 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
+from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
@@ -33,16 +33,19 @@ from ..students.adversarial import ADVERSARIES, adversarial, imagine, make_gener
 from ..students.distill import Lesson, distill, html_history
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
+from ..teachers.black_box import labels_only
 from ..teachers.frozen import freezable, quick
 from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES, save_model, train_teacher
 from ..teachers.targets import TARGETS, Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
+from ..transfer.active import active  # noqa: F401, it enters the strategies
 from kd_arbitrary.transfer.balance import (
     STRATEGIES, Balancing, FillReport, balance, check_impressed, html_fates, quotas,
 )
 from ..transfer.push import check_smooth, usual_smooth
+from ..transfer.inversion import deepinversion  # noqa: F401, it enters the sources
 from ..transfer.rivals import GENERATED, check_given
 from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
 from ..transfer.sets import TransferSet, diagnose, label
@@ -55,7 +58,8 @@ GIVEN = ("original", "labels")  # sources that are the target itself
 SIZES = Facts(TARGETS, "size")
 OWN = Facts(TARGETS, "own")  # target -> natural sources of the same classes
 # fields that older records lack -> the neutral value
-LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random")
+LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random",
+             gives="logits")
 
 
 def without_neutral(
@@ -87,6 +91,7 @@ class Run(Lesson, Balancing):
     epochs: int | None = option(10, "Passes over the set; none where updates say how long")
     updates: int | None = option(None, "Optimiser steps aimed at, whatever the size of the set",
                                  unsaid="epochs say how long")
+    gives: str = option("logits", "What the teacher says: logits, or nothing but labels")
     init: str = option("random",
                        "What students begin with: random weights, or as many of the teacher's as fit: random, teacher")
 
@@ -124,7 +129,7 @@ def _resolved(
     return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running",
                       relabel=False, cached_views=1,
                       loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0,
-                      init="random")
+                      init="random", gives="logits")
 
 
 def looped(
@@ -196,6 +201,7 @@ def _check(
     pick(dict.fromkeys(("running", "batch")), run.teacher_bn, "teacher_bn")
     if pick({"random": False, "teacher": True}, run.init, "init"):
         with torch.device("meta"): inherit(make_model(run.student, shape, k), make_model(run.teacher, shape, k))
+    if pick({"logits": False, "labels": True}, run.gives, "answer of a teacher"): _check_black(run)
     for name in ("epochs", "updates", "batch_size", "cached_views", "lr", "temperature"):
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf):
@@ -213,6 +219,17 @@ def _check(
         raise ValueError(f"{run.target} has {size:,} training images, n={run.n:,} were asked for; leave n out for all")
     elif run.source == "labels" and run.n < size:
         raise ValueError(f"the source 'labels' takes all {size:,} images; leave n out")
+
+def _check_black(
+    run: Run,  # whose teacher only labels
+) -> None:
+    "Refuse what needs more than labels."
+    why = "and this teacher gives labels alone"
+    if run.balance in STRATEGIES.where(nudges=True):
+        raise ValueError(f"strategy {run.balance!r} needs gradients, {why}; use 'repeat' or 'active'")
+    if run.loss in LOSSES.where(logits=True):
+        raise ValueError(f"loss {run.loss!r} compares logits, {why}; use loss='kl'")
+    if run.init != "random": raise ValueError(f"init={run.init!r} needs the teacher's weights, {why}")
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-claim
 def claim(
@@ -258,6 +275,7 @@ def _transfer_set(
     teacher: Teacher,  # who is asked
     path: Path | None,  # where it is kept
     show: bool,  # progress bars
+    ranks: Alone,  # the processes that make it
 ) -> TransferSet:
     "The run's transfer set: read from its file where it is the same, else made and kept."
     options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
@@ -269,7 +287,8 @@ def _transfer_set(
         ts = TransferSet.load(path)
         same_run(path, ts.info.get("run", {}), wanted)
         return ts
-    return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted))[0]
+    return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted),
+                   ranks=ranks)[0]
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-teach
 def _from_transfer(
@@ -280,20 +299,21 @@ def _from_transfer(
     out: Path | None,  # where files are kept
     device: str,  # where to train
     show: bool,  # progress bars
+    ranks: Alone,  # the processes that do it
 ) -> dict:  # student, best, source, and parts of the record
     "Make the transfer set and teach the student with it."
     if run.teacher_bn == "batch":
         teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+    whole, teacher = teacher, labels_only(teacher) if run.gives == "labels" else teacher
     source = (original(target) if run.source == "original"
               else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
-    ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show)
+    ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show, ranks)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
-    if run.init == "teacher": inherit(student, teacher.module)
+    if run.init == "teacher": inherit(student, whole.module)
     fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed",
               "bfloat16")
     taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)),
-                     device=device,
-                     checkpoint=out and out / "checkpoint.safetensors", show=show)
+                     device=device, checkpoint=out and out / "checkpoint.safetensors", show=show, ranks=ranks)
     report = ts.info["report"]
     data = (dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces})
             | (dict(making=ts.info["making"]) if "making" in ts.info else {}))
@@ -322,6 +342,7 @@ def _from_labels(
     out: Path | None,  # not used
     device: str,  # where to train
     show: bool,  # progress bars
+    ranks: Alone,  # plays no part: each trains it, or reads what the first trained
 ) -> dict:  # as `_from_transfer`
     "Teach the student with the target's labels."
     start, spent = time.perf_counter(), time.process_time()
@@ -349,14 +370,19 @@ def _from_duel(
     out: Path | None,  # where files are kept
     device: str,  # where to train
     show: bool,  # progress bars
+    ranks: Alone,  # one
 ) -> dict:  # as `_from_transfer`
     "Train images and student together, with a transfer set beside them where the source names one."
+    if ranks.world > 1:
+        raise ValueError(f"{run.source} trains images and student in turns, in one process, "
+                         f"and there are {ranks.world}; "
+                         "start the command without torchrun")
     method, share, drawn = split_source(run.source)
     if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape,
                                                     device=device, bn="batch")
     source = drawn and make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
     beside = source and _transfer_set(replace(run, source=drawn), source, teacher,
-                                      out and out / "transfer.safetensors", show)
+                                      out and out / "transfer.safetensors", show, ranks)
     student = make_model(run.student, target.shape, len(target.classes), run.seed)
     if run.init == "teacher": inherit(student, teacher.module)
     fields = ("updates", "batch_size", "lr", "temperature", "loss", "views", "seed", "bfloat16")
@@ -520,20 +546,23 @@ def execute(
     out: str | Path | None = None,  # folder for transfer set, checkpoint and student; None: nothing is kept
     device: str = "cpu",  # where networks run
     show: bool = True,  # progress bars
+    ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:
     "Do a run, or finish it; with a folder, everything it makes is kept there."
     clock, out = Clock(), Path(out) if out else None
-    if out: claim(out, asdict(run))
+    if out and ranks.first: claim(out, asdict(run))
     with clock("teacher"):
         target = load_target(run.target, root)
         teacher = _the_teacher(run, target, root, device, show)
     way = _from_labels if run.source == "labels" else _from_duel if looped(run.source) else _from_transfer
-    taught = way(run, target, teacher, root, out, device, show)
+    taught = way(run, target, teacher, root, out, device, show, ranks)
     with clock("evaluate"): results = taught["results"] | _measured(run, taught, target, teacher, device)
     card = dict(arch=run.student, shape=list(target.shape), classes=list(target.classes), run=asdict(run),
                 test_accuracy=results["accuracy"])
-    if out: save_model(out / "student.safetensors", taught["student"], card)
-    return _record(run, teacher, taught, results, clock.seconds | taught["seconds"], device)
+    if out and ranks.first: save_model(out / "student.safetensors", taught["student"], card)
+    record = _record(run, teacher, taught, results, clock.seconds | taught["seconds"], device)
+    if ranks.world > 1: record["machine"]["ranks"] = ranks.world
+    return record
 
 
 def _record(

@@ -61,7 +61,7 @@ def load_model(
 RECIPES = Facts(TARGETS, "recipe")
 
 # of wide residual networks, in place of what the target's recipe says of these
-WIDE_RECIPE = dict(batch_size=128, lr=0.1, weight_decay=5e-4, optimiser="nesterov", views="crop", flip="alternating")
+WIDE_RECIPE = dict(batch_size=128, lr=0.1, weight_decay=5e-4, optimiser="nesterov", views="crop+flip")
 _OWN = ("flip", "smoothing")  # entries of a recipe that are not for `fit`
 
 

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../../nbs/teachers/02_training.ipynb #train-imports-core
-from ..core import DeviceLost, bfloat16_where, generator, is_device_loss, keep_freed, load_tensors, pick, progress
-from ..core import save_tensors, to_float
+from kd_arbitrary.core import (
+    ALONE, Alone, DeviceLost, bfloat16_where, generator, is_device_loss, keep_freed, load_tensors, pick, progress,
+    save_tensors, to_float,
+)
+
 
 # %% ../../nbs/teachers/02_training.ipynb #train-predict
 ASKED = 256  # images at a time; more is no faster on a processor, and slower where they leave its cache
@@ -230,6 +233,8 @@ class _Loop:
     fit: Fit  # what there is so far
     per_epoch: int  # steps
     bar: tqdm
+    ranks: Alone  # the processes that work on it
+    shared: nn.Module  # the model as it is called in training
     saved: float = -math.inf  # when the checkpoint was written, by the monotonic clock
 
 
@@ -253,6 +258,7 @@ def fit(
     device: str | torch.device = "cpu",  # where the model is
     desc: str = "training",  # text before the bar
     show: bool = True,  # a progress bar
+    ranks: Alone = ALONE,  # the processes that do this together; `loss_of` takes its `part` of a batch
 ) -> Fit:  # history, best state, updates
     "Train by Adam with a one-cycle rate, or by another of `WAYS`; with a checkpoint file, continue an earlier run."
     if min(epochs, batch_size, n) < 1:
@@ -269,19 +275,28 @@ def fit(
     config, path = json.loads(json.dumps((config or {}) | own)), Path(checkpoint) if checkpoint else None
     done = _continue(path, config, model, steps_of) if path and path.exists() else Fit()
     per_epoch = len(batches(n, batch_size, generator(0)))
-    bar = progress(None, desc, epochs * per_epoch, show, initial=done.updates)
-    loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, narrow, device, path, config,
-                 steps_of, schedule, done, per_epoch, bar)
-    for epoch in range(len(done.history), epochs):
-        if starting: starting(epoch)
-        try: entry = _epoch(loop, epoch)
-        except RuntimeError as e:
-            if is_device_loss(e): raise _lost(loop, epoch, e) from e
-            raise
-        _remember(loop, entry)
-        _keep(loop)
+    bar = progress(None, desc, epochs * per_epoch, show and ranks.first, initial=done.updates)
+    with ranks.shared(model) as shared:
+        loop = _Loop(model, loss_of, n, epochs, batch_size, lr, weights, measure, seed, narrow, device, path, config,
+                     steps_of, schedule, done, per_epoch, bar, ranks, shared)
+        for epoch in range(len(done.history), epochs): _passed(loop, epoch, starting)
     bar.close()
     return done
+
+
+def _passed(
+    loop: _Loop,  # gets an epoch further
+    epoch: int,  # counted from 0
+    starting: Callable | None,  # told of it
+) -> None:
+    "An epoch, remembered and kept."
+    if starting: starting(epoch)
+    try: entry = _epoch(loop, epoch)
+    except RuntimeError as e:
+        if is_device_loss(e): raise _lost(loop, epoch, e) from e
+        raise
+    _remember(loop, entry)
+    _keep(loop)
 
 
 def _lost(
@@ -305,9 +320,10 @@ def _epoch(
     start, spent, g, total = time.perf_counter(), time.process_time(), generator(loop.seed, "epoch", epoch), 0.0
     loop.model.train()
     with torch.random.fork_rng():
-        torch.manual_seed(g.initial_seed())
+        torch.manual_seed(g.initial_seed() + loop.ranks.rank)
         for index in batches(loop.n, loop.batch_size, g, loop.weights): total = total + _step(loop, index, g)
-    entry = dict(epoch=epoch + 1, loss=float(total) / loop.per_epoch, lr=loop.optimiser.param_groups[0]["lr"])
+    entry = dict(epoch=epoch + 1, loss=float(loop.ranks.mean(total)) / loop.per_epoch,
+                 lr=loop.optimiser.param_groups[0]["lr"])
     entry |= loop.measure(loop.model) if loop.measure else {}
     return entry | dict(seconds=round(time.perf_counter() - start, 4), cpu=round(time.process_time() - spent, 4))
 
@@ -321,9 +337,9 @@ def _step(
     rate = loop.lr * loop.schedule(loop.fit.updates, loop.epochs * loop.per_epoch)
     for group in loop.optimiser.param_groups: group["lr"] = rate
     with torch.autocast(torch.device(loop.device).type, torch.bfloat16, enabled=loop.bfloat16):
-        loss = loop.loss_of(loop.model, index, g)
+        loss = loop.loss_of(loop.shared, index, g)
     loop.optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loop.ranks.backward(loss)
     loop.optimiser.step()
     loop.fit.updates += 1
     loop.bar.update()
@@ -349,6 +365,7 @@ def _keep(
     loop: _Loop,  # what is saved
 ) -> None:
     "Write the checkpoint, after the last epoch and otherwise at most once a second."
+    if not loop.ranks.first: return
     if loop.path is None or len(loop.fit.history) < loop.epochs and time.monotonic() - loop.saved < SAVE_EVERY: return
     meta = dict(config=loop.config, history=loop.fit.history, updates=loop.fit.updates)
     save_tensors(loop.path, _flatten(loop.model, loop.optimiser, loop.fit.best), meta, "checkpoint")

@@ -273,6 +273,7 @@ def _key(
     "The name of a set: a hash of all its images depend on."
     pieces = [p.take for p in work.start.pieces if p.size] if work.start else []
     files = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in pieces]
+    if said.get("student"): files.append(hashlib.sha256(Path(said["student"]).read_bytes()).hexdigest())
     config = [EDITION, name, said, work.n, work.seed, work.teacher.fingerprint, list(work.teacher.input_shape), files]
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
