@@ -8,10 +8,12 @@ import torch
 from kd_arbitrary import core
 from kd_arbitrary.teachers import recipes, training
 from kd_arbitrary.core import load_tensors
+from kd_arbitrary.students import adversarial
 from kd_arbitrary.studies.records import find_record, load_record, run_grid, write_record
 from kd_arbitrary.studies.runs import Run, execute
 
 RUN = Run(target="digits", source="0.5*strokes + 0.5*pyramid", n=260, epochs=4, batch_size=64)
+LOOP = Run(target="digits", source="0.5*fast(width=4, taught=4) + 0.5*strokes", n=100, balance="repeat", updates=160, batch_size=32, views="none")
 STAGES = ("made", "half", "flushed", "whole", "renamed")      # of a write, at which a process can be killed
 KILLED = -signal.SIGKILL
 
@@ -126,3 +128,25 @@ def test_two_processes_do_the_same(start, whole, tmp_path):
     record = whole[1][1]
     assert record["machine"]["threads"] == 1 and record["machine"]["processor"] and record["config"]["seed"] == RUN.seed
     assert {"torch", "numpy", "kd_arbitrary", "python"} <= record["versions"].keys()
+
+
+def loop_job(folder: Path) -> None:
+    "Images and student made together, with a transfer set beside them; a checkpoint after each chapter."
+    torch.set_num_threads(1)
+    recipes.RECIPES["digits"]["epochs"], training.SAVE_EVERY, adversarial.SAVE_EVERY = 2, 0, 0
+    out = folder / "out"
+    if find_record(out, LOOP) is None: write_record(out, execute(LOOP, root=folder / "root", out=out, show=False))
+
+
+def test_a_generator_killed_at_any_moment(start, tmp_path):
+    "An adversarial run that is killed five times: the same student, the same record."
+    begun = time.monotonic()
+    assert start(loop_job, tmp_path / "whole") == 0
+    seconds, killed = time.monotonic() - begun, 0
+    moments = sorted(random.Random(7).uniform(0, seconds) for _ in range(5))
+    for a, b in zip([0, *moments], moments): killed += start(loop_job, tmp_path / "pieces", seconds=b - a) == KILLED
+    assert killed >= 2 and start(loop_job, tmp_path / "pieces") == 0
+    whole, pieces = (tmp_path / name / "out" for name in ("whole", "pieces"))
+    assert without_times(load_record(whole / f"{LOOP.key}.json")) == without_times(load_record(pieces / f"{LOOP.key}.json"))
+    a, b = (load_tensors(out / "student.safetensors", "model")[0] for out in (whole, pieces))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

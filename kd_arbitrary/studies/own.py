@@ -22,7 +22,7 @@ from ..students.distill import Distilled, Lesson, distill
 from ..students.evaluate import evaluate, machine, peak_memory_mb, versions
 from ..students.export import export_student, make_student, save_student
 from .grids import MIXTURE
-from .runs import Record, claim, code_version, now, thinned
+from .runs import Record, claim, code_version, looped, now, thinned
 from ..teachers.adapters import load_teacher
 from ..teachers.black_box import behind_ledger
 from ..teachers.networks import count_parameters
@@ -92,6 +92,9 @@ def execute_job(
     ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:  # what came out: also in `job.json` of the folder
     "Do a job, or finish it."
+    if job.source and looped(job.source):
+        raise ValueError(f"{job.source!r} makes images and student together; with a teacher of your own call "
+                         "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
     out, start = Path(out), time.perf_counter()
     teacher = _teacher(job, out, device)
     if ranks.world > 1 and hasattr(teacher, "box"):
