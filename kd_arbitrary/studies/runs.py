@@ -437,10 +437,14 @@ def went_in(
     target, left_out = s.get("target"), record.get("left_out")
     size = record.get("student", {}).get("parameters")
     answers = None if target else f"{who['gives']} of {len(who['classes']):,} classes, for images of {who['shape']}"
-    lesson = [f"{s['epochs']} epochs" if s["epochs"] else f"{s['updates']:,} steps", f"batches of {s['batch_size']}",
+    fates = [record["report"][k] for k in ("accepted", "perturbed", "repeated")] if record.get("report") else [[s["n"]]]
+    made = sum(map(sum, fates))
+    wanted = "" if made == s["n"] else f" ({s['n']:,} were wanted)"
+    lesson = [f"{s['epochs']} epoch{'s' * (s['epochs'] > 1)}" if s["epochs"] else f"{s['updates']:,} steps",
+              f"batches of {s['batch_size']}",
               f"loss {s['loss']} at temperature {s['temperature']:g}", f"views {s['views']}", f"seed {s['seed']}"]
     return {"teacher": f"{who['arch']} of {target}, seed {s['teacher_seed']}" if target else who["spec"],
-            "its answers": answers, "fingerprint": who["fingerprint"], "images": f"{s['n']:,} of {s['source']}",
+            "its answers": answers, "fingerprint": who["fingerprint"], "images": f"{made:,} of {s['source']}{wanted}",
             "left out": left_out and f"{left_out['count']:,} pictures that cannot be used", "balance": s["balance"],
             "student": s["student"] + (f", {size:,} parameters" if size else ""), "lesson": ", ".join(lesson)}
 
@@ -471,7 +475,7 @@ def it_cost(
     seconds = record.get("stages", record["seconds"])
     if not isinstance(seconds, dict): seconds = {"in all": seconds}
     return {"questions": f"{r['queries']:,}" + (f", {paid:,} of them paid for" if paid is not None else ""),
-            "for gradients": f"{report.get('gradients', 0):,}" if report else None,
+            "for gradients": f"{r.get('gradients', (report or {}).get('gradients', 0)):,}",
             "images drawn": f"{report['drawn']:,}" if report else None, "optimiser steps": f"{r['updates']:,}",
             **{stage: f"{s:,.1f} s" for stage, s in seconds.items()},
             "largest memory": f"{record['peak_memory_mb']:,.0f} MiB" if record.get("peak_memory_mb") else None}
