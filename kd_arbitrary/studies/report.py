@@ -70,7 +70,7 @@ def _runs_below(
             raise ValueError(f"{folder} holds the records of a grid, not of one run; name one of its files, "
                              "or see all with: kd_experiment table")
         found[name] = Told(load_record(path), path.parent)
-    order = ("", "unbalanced", "balanced", "original", "labels")
+    order = ("", *NAMES)
     return dict(sorted(found.items(), key=lambda p: order.index(p[0]) if p[0] in order else len(order)))
 
 
@@ -187,7 +187,11 @@ def html_agreement(
 BEFORE, TIME = "Classes before and after", "Agreement over time"
 IMAGES = "Images of each class, as the teacher sees them"
 WIDE = (BEFORE, IMAGES, TIME)  # headings of what takes the whole width
-NAMES = dict(unbalanced="As drawn", balanced="Balanced", original="With the original data", labels="With the labels")
+NAMES = {  # of the runs of a comparison, in their order
+    "few-unbalanced": "Few images, as drawn", "few-balanced": "Few images, balanced",
+    "few-queries": "As drawn, with as many queries", "unbalanced": "As drawn", "balanced": "Balanced",
+    "original": "With the original data", "labels": "With the labels",
+}
 
 
 def report_data(
