@@ -25,7 +25,7 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
+from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, html_panels, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
@@ -498,7 +498,9 @@ class Record(dict):
     def _repr_html_(self):
         if not {"results", "job"} & self.keys(): return html_facts({k: self.get(k) for k in ("status", "key", "error")})
         report, history = self.get("report"), self.get("history")
-        return (html_facts(went_in(self) | came_out(self) | it_cost(self)) + (html_history(history) if history else "")
+        facts = html_panels({"went in": html_facts(went_in(self)), "came out": html_facts(came_out(self)),
+                             "cost": html_facts(it_cost(self))})
+        return (facts + (html_history(history) if history else "")
                 + (html_fates(FillReport.from_dict(report)) if report else ""))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-execute
