@@ -604,8 +604,8 @@ def _empty_classes(
     lacking = (work.accepted + work.perturbed == 0) & (work.want > 0)
     if work.strategy == "none" or not lacking.any(): return
     names = ", ".join(repr(work.teacher.classes[c]) for c in lacking.nonzero()[:, 0])
-    remedy = ("another source" if STRATEGIES.facts[work.strategy].get("nudges")
-              else "strategy='fill', another source, or a greater limit")
+    nudges, greater = STRATEGIES.facts[work.strategy].get("nudges"), "another source, or a greater limit"
+    remedy = "another source" if nudges else f"strategy='fill', {greater}" if work.teacher.whitebox else greater
     message = (f"class {names} got no image: the teacher never saw it in {int(work.seen.sum()):,} images of "
                f"{work.source.text}; try {remedy}")
     if work.settings.empty == "refuse": raise ValueError(message + ", or pass empty='keep' to go on without it")
