@@ -77,7 +77,7 @@ def exit_with(
             raise typer.Exit(status) from None
 
 
-_CLOSED, _FULL = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED, _FULL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = (dict.fromkeys(_CLOSED, "choose a place that you may use (--out, --root)")
              | dict.fromkeys(_FULL, "free some space, or choose another place (--out, --root)"))
 
@@ -86,7 +86,8 @@ def _words(
     e: Exception,
 ) -> str:
     "What it says; for what the system refused, the file and what to do."
-    if not isinstance(e, OSError) or e.errno not in _REMEDIES or not e.filename: return str(e)
+    if not isinstance(e, OSError) or e.errno not in _REMEDIES: return str(e)
+    if not e.filename: return e.strerror or str(e)
     return f"{e.filename}: {e.strerror}; {_REMEDIES[e.errno]}"
 
 
