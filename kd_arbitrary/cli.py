@@ -442,6 +442,18 @@ def distil_own(
                else f"{job_table(record)}\n\n{listing(files)}")
 
 
+def _tell(
+    records: dict[str, dict],  # of `compare`
+    out: Path,  # where all files are
+    as_json: bool,  # as one JSON object; else as a table
+) -> None:
+    "Print what came out, and where it is."
+    files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
+    if not as_json: return typer.echo(f"{table(records)}\n\n{listing(files)}")
+    teacher = next(iter(records.values()))["teacher"]
+    typer.echo(json.dumps(dict(out=str(out), teacher=teacher) | records | dict(files=files)))
+
+
 @distill_app.command("kd_distill", cls=_Listing)
 def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
@@ -555,12 +567,7 @@ def kd_distill(
     with exit_with(1, debug), ranks(device) as together:
         if together.first: claim(out, asdict(run))
         records = compare(runs, out, root, device, not quiet, together)
-        if not together.first: return
-        files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
-        if as_json:
-            typer.echo(json.dumps(dict(out=str(out), teacher=next(iter(records.values()))["teacher"]) | records
-                                  | dict(files=files)))
-        else: typer.echo(f"{table(records)}\n\n{listing(files)}")
+        if together.first: _tell(records, out, as_json)
 
 # %% ../nbs/01_cli.ipynb #cli-grid
 @contextmanager
