@@ -6,12 +6,12 @@
 __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generator', 'TARGETS', 'Target', 'load_natural',
            'load_target', 'Distilled', 'distill', 'ADVERSARIES', 'adversarial', 'imagine', 'recalibrate', 'evaluate',
            'GRIDS', 'Run', 'execute', 'read_records', 'run_grid', 'MODELS', 'count_flops', 'count_parameters',
-           'inherit', 'make_model', 'accuracy_bars', 'class_histogram', 'fill_bars', 'learning_curves', 'records_frame',
-           'results_table', 'sheet', 'summary', 'impress', 'push', 'survival', 'Source', 'make_source', 'Teacher',
-           'load_model', 'save_model', 'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy', 'label',
-           'export_student', 'load_student', 'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect', 'saved',
-           'Job', 'execute_job', 'load_teacher', 'RIVALS', 'rival', 'data_impressions', 'invert', 'behind_ledger',
-           'serve', 'budget_curves', 'Diagnosis', 'write_report']
+           'inherit', 'make_model', 'accuracy_bars', 'class_histogram', 'fill_bars', 'gallery', 'learning_curves',
+           'records_frame', 'results_table', 'sheet', 'summary', 'impress', 'push', 'survival', 'Source', 'make_source',
+           'Teacher', 'load_model', 'save_model', 'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy',
+           'label', 'export_student', 'load_student', 'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect',
+           'saved', 'Job', 'execute_job', 'load_teacher', 'RIVALS', 'rival', 'data_impressions', 'invert',
+           'behind_ledger', 'serve', 'budget_curves', 'Diagnosis', 'write_report']
 
 # %% ../nbs/02_all.ipynb #all-imports
 from .core import adapt, data_root, generator
@@ -22,8 +22,8 @@ from .students.distill import Distilled, distill, recalibrate
 from .students.evaluate import evaluate
 from .students.export import export_student, load_student, make_student
 from .studies.effects import cluster_bootstrap, gains, mixed_effect, saved
-from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, learning_curves,
-                                          sheet, summary)
+from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, gallery,
+                                          learning_curves, sheet, summary)
 from .studies.grids import GRIDS
 from .studies.own import Job, execute_job
 from .studies.records import read_records, run_grid
@@ -50,8 +50,8 @@ _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator
          "Distilled", "distill", "ADVERSARIES", "adversarial", "imagine", "recalibrate", "evaluate",
          "GRIDS", "Run", "execute", "read_records", "run_grid",
          "MODELS", "count_flops", "count_parameters", "inherit", "make_model",
-         "accuracy_bars", "class_histogram", "fill_bars", "learning_curves", "records_frame", "results_table", "sheet",
-         "summary",
+         "accuracy_bars", "class_histogram", "fill_bars", "gallery", "learning_curves", "records_frame",
+         "results_table", "sheet", "summary",
          "impress", "push", "survival", "Source", "make_source", "Teacher", "load_model", "save_model", "train_teacher",
          "TransferSet", "diagnose", "histogram_entropy", "label",
          "export_student", "load_student", "make_student", "cluster_bootstrap", "gains", "mixed_effect", "saved", "Job",

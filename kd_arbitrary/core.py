@@ -327,13 +327,13 @@ def html_facts(
 
 # %% ../nbs/00_core.ipynb #core-shown-bars
 def _legend(
-    names: list[str],  # of the shares of a bar
+    shares: dict[str, Sequence[float]],  # as for `html_bars`
 ) -> str:
     "Which colour is what, where there is more than one."
     dot = "display:inline-block;width:.7em;height:.7em;background:"
-    one = (f"<span style='white-space:nowrap;margin-right:1em'><span style='{dot}{SHADES[i % 4]}'></span> "
-           f"{escape(name)}</span>" for i, name in enumerate(names))
-    return html_box("font-size:.85em", *one) if len(names) > 1 else ""
+    each = [f"<span style='white-space:nowrap;margin-right:1em'><span style='{dot}{SHADES[i % 4]}'></span> "
+            f"{escape(name)}</span>" for i, (name, values) in enumerate(shares.items()) if any(values)]
+    return html_box("font-size:.85em", *each) if len(each) > 1 else ""
 
 
 def html_bars(
@@ -345,7 +345,7 @@ def html_bars(
     "A bar for each class, stacked of its shares."
     whole = [sum(v) for v in zip(*shares.values())]
     top = max([1.0 if form.endswith("%") else 1e-9, *whole])
-    legend = _legend([name for name, values in shares.items() if any(values)])
+    legend = _legend(shares)
     if len(whole) > most: return legend + _skyline(names, shares, whole, top, form)
     rows = []
     for i, (name, total) in enumerate(zip(names, whole)):
@@ -391,7 +391,7 @@ def html_line(
     "A line over time, with its lowest, highest and last value written out."
     low, high = min(values), max(values)
     y = [50.0 if high == low else 97 - 94 * (v - low) / (high - low) for v in values]
-    at = [100 * i / max(1, len(values) - 1) for i in range(len(values))]
+    at = [100 * i / (len(values) - 1) for i in range(len(values))] if len(values) > 1 else [100.0]
     way = " ".join(f"{a:.2f},{b:.2f}" for a, b in zip([0.0, *at], [y[0], *y]))
     pen = f"fill='none' stroke='{SHADES[0]}' stroke-width='2' vector-effect='non-scaling-stroke'"
     line = f"<polyline points='{way}' {pen}/>"

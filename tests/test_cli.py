@@ -44,7 +44,7 @@ def test_table_and_files(done):
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and result.stderr == ""
     assert [line.split("  ")[0] for line in lines[1:5]] == ["teacher", "student, unbalanced", "student, balanced (fill)", "student, original data"]
-    assert lines[0].split() == ["accuracy", "agreement", "teacher", "queries", "seconds"] and all("%" in line for line in lines[1:5])
+    assert lines[0].split() == ["images", "accuracy", "agreement", "teacher", "queries", "seconds"] and all("%" in line for line in lines[1:5])
     listed = {Path(folder) / name for folder, names in (line.split("  ") for line in lines[6:]) for name in names.split(", ")}
     assert listed == set(content(out)) and out / "summary.png" in listed
     for name in ROWS:
@@ -128,6 +128,16 @@ def test_a_full_disk_harms_nothing(done, monkeypatch, call):
         failed = distill(*arguments)
     assert failed.exit_code == 1 and "No space left on device" in failed.stderr and failed.stderr.count("\n") == 1 and content(out) == before
     assert distill(*arguments).exit_code == 0 and json.loads(record.read_text())["results"] == old["results"]
+
+
+def test_a_small_set_beside_the_large_one(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "SCARCE", cli.SCARCE | dict(updates=10))
+    told = json.loads(distill(*QUICK, "--few", 40, "--root", root, "--out", tmp_path, "--json").stdout)
+    small = [told[f"few-{name}"] for name in ("unbalanced", "balanced", "queries")]
+    assert [r["config"]["n"] for r in small[:2]] == [40, 40] and [r["config"]["balance"] for r in small] == ["none", "fill", "none"]
+    assert small[0]["results"]["queries"] == 40 < small[1]["results"]["queries"] == small[2]["config"]["n"] == small[2]["results"]["queries"]
+    assert [line.split("  ")[0] for line in distill(*QUICK, "--few", 40, "--root", root, "--out", tmp_path).stdout.splitlines()[2:5]] == [
+        "student, unbalanced", "student, balanced (fill)", "student, unbalanced, as many queries"]
 
 
 def test_grid_commands(root, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # %% ../../nbs/pictures/06_files.ipynb #files-imports-core
@@ -260,8 +260,9 @@ def _decoded(
     "Pictures in their order, decoded in parallel."
     def one(item):
         try: return _pixels(item.open(), shape), ""
-        except Exception as e:                                                # a broken picture may raise anything
-            return None, f"cannot use the picture {item.name}: {e or type(e).__name__}"
+        except UnidentifiedImageError: why = "cannot identify its format"
+        except Exception as e: why = e if str(e) else type(e).__name__        # a broken picture may raise anything
+        return None, f"cannot use the picture {item.name}: {why}"
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for item in found:
@@ -303,6 +304,7 @@ class _Store:
         except (OSError, ValueError, TypeError, KeyError): return None
 
     def restore(self, told: dict):
+        self.held = []
         self.rows, self.seen, self.faults, self.left_out = (told[k] for k in ("rows", "seen", "faults", "left_out"))
 
     def add(self, pixels: Tensor | None, fault: str):
@@ -323,13 +325,12 @@ class _Store:
             self.file.seek(0, os.SEEK_END)
         except OSError as e: raise self._told(e) from e
 
-    def lock(self): return FileLock(self.path(".lock")) if self._made().key else nullcontext()
-
-    def _made(self):
-        "The store, with its folder made."
-        try: self.folder.mkdir(parents=True, exist_ok=True)
+    def lock(self):
+        "The right to write the file: a context."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return FileLock(self.path(".lock")).acquire() if self.key else nullcontext()
         except OSError as e: raise self._told(e) from e
-        return self
 
     def flush(self, done: bool = False, at_once: bool = False):
         "Bring the file up to date, and then what is said of it, at most once a second."

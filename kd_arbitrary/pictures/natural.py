@@ -300,9 +300,10 @@ def _training(name: str) -> Callable:
     return lambda root=None, download=True: nchw(labelled(name, root, download)[0].data)
 
 
-NATURAL = SOURCES.kind("natural")  # real pictures: functions (root, download) -> [N, C, H, W] uint8
+# real pictures: functions (root, download) -> [N, C, H, W] uint8; `offline`: needs no file
+NATURAL = SOURCES.kind("natural")
+NATURAL.add(pictures, offline=True)
 for name, load in {
-    "pictures": pictures,
     "svhn": _published("svhn", lambda s: nchw(s.data, first=True)),
     "kmnist": _published("kmnist", lambda s: nchw(s.data)),
     "emnist": _published("emnist", lambda s: nchw(s.data.mT)),

@@ -55,7 +55,7 @@ def in_chunks(
             raise ValueError(f"expected n >= 0 and shape (channels, height, width), got {n=}, {shape=}")
         step, out = max(1, CHUNK // math.prod(shape)), None
         for i in range(0, max(n, 1), step):
-            x = f(min(step, n - i), tuple(shape), generator, **params)
+            x = f(min(step, max(n, 1) - i), tuple(shape), generator, **params)[:n]  # not every FFT takes an empty batch
             if x.dtype == torch.float32: x = x.mul_(255).add_(0.5).to(torch.uint8)
             if out is None: out = x.new_empty(n, *shape)
             out[i:i + step] = x

@@ -233,7 +233,7 @@ def source_from(
     got = collect(what, shape, root, strict, show)
     h = hashlib.sha256()
     for part in got.images.split(4096): h.update(part.contiguous().numpy().tobytes())
-    part = Part(f"given({h.hexdigest()[:16]})", "natural", got.images, left_out=(got.faults, got.left_out))
+    part = Part(f"given({h.hexdigest()[:16]!r})", "natural", got.images, left_out=(got.faults, got.left_out))
     return Source(part.text, "natural", tuple(shape), (part.text,), part.size, (1.0,), (part,))
 
 # %% ../../nbs/pictures/07_sources.ipynb #sources-parse

@@ -68,8 +68,8 @@ def make_generator(
         torch.default_generator.manual_seed(seed)
         front = [nn.Linear(latent, 2 * width * (h // 4) * (w // 4)), nn.Unflatten(1, (2 * width, h // 4, w // 4)),
                  nn.BatchNorm2d(2 * width)]
-        return nn.Sequential(*front, *double(2 * width, 2 * width), *double(2 * width, width), nn.Conv2d(width, c, 3,
-                padding=1), *pick(ENDINGS, ending, "ending")(c))
+        hidden = [*double(2 * width, 2 * width), *double(2 * width, width)]
+        return nn.Sequential(*front, *hidden, nn.Conv2d(width, c, 3, padding=1), *pick(ENDINGS, ending, "ending")(c))
 
 
 def imagine(
@@ -82,8 +82,8 @@ def imagine(
     latent, g = maker[0].in_features, generator(seed, "imagine")
     parts = [torch.randn(len(i), latent, generator=g) for i in torch.arange(n).split(batch_size)]
     device = maker[0].weight.device
-    with evaluating(maker), torch.no_grad(): return torch.cat([to_stored(maker(z.to(device)).cpu().float(),
-            torch.uint8) for z in parts])
+    with evaluating(maker), torch.no_grad():
+        return torch.cat([to_stored(maker(z.to(device)).cpu().float(), torch.uint8) for z in parts])
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-look
 @contextmanager
@@ -117,10 +117,10 @@ def shared_maps(
     names, found = [name for name, _ in student.named_children() if name in weighty(student) & weighty(teacher)], {}
     for model in (student, teacher):
         device = next(model.parameters()).device
-        with watching(model, names) as seen, evaluating(model), torch.no_grad(): model(torch.zeros(2, *shape,
-                device=device))
-        found[model] = {name: out.shape[2:] for name, (_, out) in seen.items() if isinstance(out,
-                Tensor) and out.ndim == 4}
+        with watching(model, names) as seen, evaluating(model), torch.no_grad():
+            model(torch.zeros(2, *shape, device=device))
+        maps = {name: out for name, (_, out) in seen.items() if isinstance(out, Tensor) and out.ndim == 4}
+        found[model] = {name: out.shape[2:] for name, out in maps.items()}
     return [name for name in names if name in found[student] and found[student][name] == found[teacher].get(name)]
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-losses
@@ -383,6 +383,7 @@ def fast(
         adam.step()
     for group in duel.improve.param_groups: group["lr"] = how.rate * how.steps
     duel.improve.step()
+    for own, other in zip(duel.maker.buffers(), copied.buffers()): own.copy_(other)  # for `imagine`
     _remember(duel, best)
 
 
@@ -488,8 +489,8 @@ def _begin(
     device: str = "cpu",  # where networks run
 ) -> Duel:
     "Everybody at their places."
-    maker = make_generator(teacher.input_shape, making.width, making.latent, making.ending, contest.seed).to(device,
-            memory_format=torch.channels_last)
+    maker = make_generator(teacher.input_shape, making.width, making.latent, making.ending, contest.seed)
+    maker = maker.to(device, memory_format=torch.channels_last)
     playing, warm = math.ceil(contest.updates / making.taught), getattr(making, "warm", 0.0)
     warm = math.ceil(playing * warm / (1 - warm))
     betas = (0.5, 0.999) if isinstance(making, Fast) else (0.9, 0.999)
@@ -669,8 +670,8 @@ def _config(
 ) -> dict:
     "What a checkpoint must agree in."
     beside = None if duel.beside is None else fingerprint(duel.beside)
-    return json.loads(json.dumps(dict(method=duel.method, teacher=duel.teacher.fingerprint,
-                                      beside=beside) | asdict(duel.making) | asdict(duel.contest)))
+    who = dict(method=duel.method, teacher=duel.teacher.fingerprint, beside=beside)
+    return json.loads(json.dumps(who | asdict(duel.making) | asdict(duel.contest)))
 
 
 def _play(
@@ -702,8 +703,8 @@ def _chapter(
     asked, stepped = duel.teacher.queries, duel.teacher.gradients
     with torch.random.fork_rng(devices=[]):
         for _ in range(rounds):
-            torch.manual_seed((g := generator(duel.contest.seed, "round",
-                                              duel.round)).initial_seed())         # for dropout
+            g = generator(duel.contest.seed, "round", duel.round)
+            torch.manual_seed(g.initial_seed())  # for dropout
             steps = _round(duel, g)
             told += [loss for loss, _ in steps]
             fresh += [same for _, same in steps[:1]]
@@ -714,9 +715,8 @@ def _chapter(
                          f"lower lr (now {duel.contest.lr}) or the generator's rate (now {duel.making.rate})")
     bar.set_postfix(dict(loss=mean(told), agreement=mean(fresh)))
     return dict(epoch=number, loss=mean(told), lr=duel.learn.param_groups[0]["lr"], agreement=mean(fresh),
-                queries=duel.teacher.queries - asked,
-                gradients=duel.teacher.gradients - stepped, cpu=round(time.process_time() - spent,
-                        4), seconds=round(time.perf_counter() - start, 4))
+                queries=duel.teacher.queries - asked, gradients=duel.teacher.gradients - stepped,
+                cpu=round(time.process_time() - spent, 4), seconds=round(time.perf_counter() - start, 4))
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-set
 @rival(paper="Chen et al., Data-Free Learning of Student Networks, ICCV 2019, section 3; the generator alone")

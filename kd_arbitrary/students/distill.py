@@ -72,13 +72,14 @@ class Distilled:
 
 
 def html_history(
-    history: list[dict],  # one entry an epoch: epoch, loss, and agreement where something is held out
+    history: list[dict],  # one entry an epoch: epoch, loss, and agreement where it was measured
 ) -> str:  # HTML
     "Agreement and loss over time."
     ends = [f"epoch {history[i]['epoch']:,}" for i in (0, -1)]
-    lines = {"agreement on held-out images": ("agreement", ".1%"), "loss": ("loss", ".4g")}
-    return html_panels({title: html_line([h[what] for h in history], *ends, form)
-                        for title, (what, form) in lines.items() if what in history[0]})
+    where = "fresh" if "gradients" in history[0] else "held-out"              # fresh: of an adversarial generator
+    lines = {f"agreement on {where} images": ("agreement", ".1%"), "loss": ("loss", ".4g")}
+    there = {k: v for k, v in lines.items() if all(h.get(v[0]) is not None for h in history)}
+    return html_panels({k: html_line([h[what] for h in history], *ends, form) for k, (what, form) in there.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'INK', 'LINE', 'GROUND', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'PALETTE', 'COLOURS', 'STYLE',
-           'DPI', 'FATES', 'BUDGETS', 'COSTS', 'PREDICTORS', 'figure', 'plain_log', 'colours_of', 'sheet',
+           'DPI', 'FATES', 'BUDGETS', 'COSTS', 'PREDICTORS', 'figure', 'plain_log', 'colours_of', 'sheet', 'gallery',
            'class_histogram', 'fill_bars', 'summary', 'learning_curves', 'accuracy_bars', 'budget_curves',
            'cost_scatter', 'predictor_scatter']
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from ..core import Registry, check_images, pick, to_float
 from .runs import GIVEN
 from .tables import KINDS, SETTING, only_seeds, spearman, usable
+from ..teachers.teacher import Teacher
 from ..transfer.balance import FillReport
 from ..transfer.sets import TransferSet, histogram_entropy
 
@@ -147,6 +148,31 @@ def sheet(
         if i < len(titles):
             ax.text(left + 0.47, top - 0.05, titles[i], ha="center", va="bottom", fontsize=7, clip_on=False)
     if above: fig.text(0.03 / columns, 1 - share / 2, ", ".join(filter(None, (title, note))), va="center", fontsize=8)
+    return fig
+
+# %% ../../nbs/studies/05_figures.ipynb #plot-gallery
+@FIGURES.add
+@mpl.rc_context(STYLE)
+def gallery(
+    methods: dict[str, Tensor],  # name -> images [n, C, H, W] of one shape; n may differ
+    teacher: Teacher,  # who is asked what they are
+    most: int = 10,  # classes shown, from the first
+    title: str = "",  # above everything
+) -> Figure:
+    "The first image of each class, a row for each method."
+    if not methods: raise ValueError("there are no images to show; expected a dictionary of method names and images")
+    columns, cell, left = min(most, len(teacher.classes)), 0.5, 0.6 + 0.065 * max(map(len, methods)) / 0.5
+    width, height = columns + left, len(methods) + 0.4
+    fig = Figure((width * cell, height * cell + (0.22 if title else 0)), DPI, facecolor="white")
+    ax = _canvas(fig.add_axes((0, 0, 1, height * cell / fig.get_figheight())), width, height)
+    for c in range(columns): ax.text(left + c + 0.5, 0.3, teacher.classes[c], ha="center", va="bottom", fontsize=7)
+    for row, (name, images) in enumerate(methods.items()):
+        seen, pictures = teacher(images).argmax(1), _pictures(images)[0]
+        ax.text(left - 0.1, row + 0.9, name, ha="right", va="center", fontsize=7.5)
+        for c in range(columns):
+            first = (seen == c).nonzero()[:1, 0].tolist()
+            if first: _tile(ax, pictures[first[0]], left + c + 0.03, row + 0.43)
+    if title: fig.text(0.01, 1 - 0.11 / fig.get_figheight(), title, va="center", fontsize=8)
     return fig
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-counts

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 # %% ../../nbs/studies/08_report.ipynb #report-imports-core
 from ..core import generator, html_bars, html_box, html_facts, write_atomic
+from ..students.adversarial import split_source
 from ..students.distill import html_history
 from ..students.export import load_student
 from .own import Job
@@ -69,7 +70,7 @@ def _runs_below(
             raise ValueError(f"{folder} holds the records of a grid, not of one run; name one of its files, "
                              "or see all with: kd_experiment table")
         found[name] = Told(load_record(path), path.parent)
-    order = ("", "unbalanced", "balanced", "original", "labels")
+    order = ("", *NAMES)
     return dict(sorted(found.items(), key=lambda p: order.index(p[0]) if p[0] in order else len(order)))
 
 
@@ -124,7 +125,8 @@ def command_of(
     said = {k: v for k, v in settings.items() if plain(v) != plain(usual.get(k)) or k in _ALWAYS}
     said = {k: said[k] for k in sorted(said, key=lambda k: _ALWAYS.index(k) if k in _ALWAYS else len(_ALWAYS))}
     without = {k: v for k, v in settings.items() if k not in ONLY_PYTHON}
-    if kind(**without) != kind(**settings): return _in_python(kind, settings, out)
+    given = str(settings["source"]).startswith("given(")  # images that were in the memory of a program
+    if given or kind(**without) != kind(**settings): return _in_python(kind, settings, out)
     said = {k: v for k, v in said.items() if k not in ONLY_PYTHON}
     words = [w for k, v in (said | more).items() for w in _word(k, v)]
     return shlex.join(["kd_distill", *words, "--out", str(out)])
@@ -140,7 +142,9 @@ def _in_python(
     said = {k: v for k, v in settings.items() if usual.get(k, MISSING) != (tuple(v) if isinstance(v, list) else v)}
     call = "execute" if kind is Run else "execute_job"
     text = lambda v: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else repr(v)
-    inside = f"{kind.__name__}({', '.join(f'{k}={text(v)}' for k, v in said.items())}), out={text(str(out))}"
+    images = said.pop("source") if str(said.get("source")).startswith("given(") else ""
+    more = ", images=..." if images else ""
+    inside = f"{kind.__name__}({', '.join(f'{k}={text(v)}' for k, v in said.items())}), out={text(str(out))}{more}"
     return f"python -c {shlex.quote(f'from kd_arbitrary.all import *; {call}({inside})')}"
 
 # %% ../../nbs/studies/08_report.ipynb #report-agree
@@ -152,7 +156,7 @@ def heldout_agreement(
 ) -> dict | None:  # asked, agreed: per class; confusions: [teacher's class, student's, images]; None: nothing held out
     "Per class of the teacher, on how many held-out images the student sees the same."
     path, ts, s = told.folder / "student.safetensors", told.set, told.settings
-    if ts is None or not path.exists(): return None
+    if ts is None or not path.exists() or split_source(s["source"])[0]: return None
     held = torch.randperm(len(ts), generator=generator(s["seed"], "holdout"))[: int(s["holdout"] * len(ts))][:LOOKED_AT]
     if not len(held): return None
     model, k, names = load_student(path)[0], ts.scores.shape[1], class_names(ts)
@@ -176,13 +180,18 @@ def html_agreement(
     notes = [f"Of {sum(found['asked']):,} held-out images, with the number of each class in brackets",
              f"Most often {mixed}" if mixed else "", f"{unseen:,} classes have none" if unseen else ""]
     text = f"{'. '.join(filter(None, notes))}."
+    names = [f"{name} ({n:,})" for name, n in zip(names, found["asked"])]
     return html_bars(names, dict(agreement=shares), ".0%") + html_box("font-size:.85em", text)
 
 # %% ../../nbs/studies/08_report.ipynb #report-data
 BEFORE, TIME = "Classes before and after", "Agreement over time"
 IMAGES = "Images of each class, as the teacher sees them"
 WIDE = (BEFORE, IMAGES, TIME)  # headings of what takes the whole width
-NAMES = dict(unbalanced="As drawn", balanced="Balanced", original="With the original data", labels="With the labels")
+NAMES = {  # of the runs of a comparison, in their order
+    "few-unbalanced": "Few images, as drawn", "few-balanced": "Few images, balanced",
+    "few-queries": "As drawn, with as many queries", "unbalanced": "As drawn", "balanced": "Balanced",
+    "original": "With the original data", "labels": "With the labels",
+}
 
 
 def report_data(
@@ -340,7 +349,7 @@ def _sentence(
     "What was done, in words."
     s = record.get("job") or record["config"]
     who = "A student" if one else "Students"
-    return f"{who} ({s['student']}) taught with {s['n']:,} images of {s['source']}."
+    return f"{who} ({s['student']}) taught with {went_in(record)['images']}."
 
 
 def write_report(

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, option, pick, write_atomic
+from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, html_panels, option, pick, write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
@@ -437,10 +437,14 @@ def went_in(
     target, left_out = s.get("target"), record.get("left_out")
     size = record.get("student", {}).get("parameters")
     answers = None if target else f"{who['gives']} of {len(who['classes']):,} classes, for images of {who['shape']}"
-    lesson = [f"{s['epochs']} epochs" if s["epochs"] else f"{s['updates']:,} steps", f"batches of {s['batch_size']}",
+    fates = [record["report"][k] for k in ("accepted", "perturbed", "repeated")] if record.get("report") else [[s["n"]]]
+    made = sum(map(sum, fates))
+    wanted = "" if made == s["n"] else f" ({s['n']:,} were wanted)"
+    lesson = [f"{s['epochs']} epoch{'s' * (s['epochs'] > 1)}" if s["epochs"] else f"{s['updates']:,} steps",
+              f"batches of {s['batch_size']}",
               f"loss {s['loss']} at temperature {s['temperature']:g}", f"views {s['views']}", f"seed {s['seed']}"]
     return {"teacher": f"{who['arch']} of {target}, seed {s['teacher_seed']}" if target else who["spec"],
-            "its answers": answers, "fingerprint": who["fingerprint"], "images": f"{s['n']:,} of {s['source']}",
+            "its answers": answers, "fingerprint": who["fingerprint"], "images": f"{made:,} of {s['source']}{wanted}",
             "left out": left_out and f"{left_out['count']:,} pictures that cannot be used", "balance": s["balance"],
             "student": s["student"] + (f", {size:,} parameters" if size else ""), "lesson": ", ".join(lesson)}
 
@@ -471,7 +475,7 @@ def it_cost(
     seconds = record.get("stages", record["seconds"])
     if not isinstance(seconds, dict): seconds = {"in all": seconds}
     return {"questions": f"{r['queries']:,}" + (f", {paid:,} of them paid for" if paid is not None else ""),
-            "for gradients": f"{report.get('gradients', 0):,}" if report else None,
+            "for gradients": f"{r.get('gradients', (report or {}).get('gradients', 0)):,}",
             "images drawn": f"{report['drawn']:,}" if report else None, "optimiser steps": f"{r['updates']:,}",
             **{stage: f"{s:,.1f} s" for stage, s in seconds.items()},
             "largest memory": f"{record['peak_memory_mb']:,.0f} MiB" if record.get("peak_memory_mb") else None}
@@ -494,7 +498,9 @@ class Record(dict):
     def _repr_html_(self):
         if not {"results", "job"} & self.keys(): return html_facts({k: self.get(k) for k in ("status", "key", "error")})
         report, history = self.get("report"), self.get("history")
-        return (html_facts(went_in(self) | came_out(self) | it_cost(self)) + (html_history(history) if history else "")
+        facts = html_panels({"went in": html_facts(went_in(self)), "came out": html_facts(came_out(self)),
+                             "cost": html_facts(it_cost(self))})
+        return (facts + (html_history(history) if history else "")
                 + (html_fates(FillReport.from_dict(report)) if report else ""))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-execute

@@ -490,6 +490,9 @@ def _refuse(
 ) -> None:
     "Refuse what cannot be done, before anything is drawn."
     source, teacher, n, known, how = work.source, work.teacher, work.n, STRATEGIES.facts[work.strategy], work.settings
+    if known.get("chooses") and work.ranks.world > 1:
+        raise ValueError(f"strategy {work.strategy!r} asks in one process, and there are {work.ranks.world}; "
+                         "start the command without torchrun")
     if how.empty not in ("refuse", "keep"):
         raise ValueError(f"unknown empty={how.empty!r}; expected 'refuse' or 'keep'")
     check_impressed(how.impressed)
@@ -530,6 +533,8 @@ def balance(
     work.settings = settings = replace(settings, bfloat16=bfloat16_where(settings.bfloat16, teacher.device))
     work.want = quotas(n, len(teacher.classes), settings.imbalance, settings.missing, settings.seed)
     _room_enough(work, path is not None)
+    if ranks.first: source.made()
+    ranks.wait()
     work.making = source.made()
     start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
@@ -599,8 +604,8 @@ def _empty_classes(
     lacking = (work.accepted + work.perturbed == 0) & (work.want > 0)
     if work.strategy == "none" or not lacking.any(): return
     names = ", ".join(repr(work.teacher.classes[c]) for c in lacking.nonzero()[:, 0])
-    remedy = ("another source" if STRATEGIES.facts[work.strategy].get("nudges")
-              else "strategy='fill', another source, or a greater limit")
+    nudges, greater = STRATEGIES.facts[work.strategy].get("nudges"), "another source, or a greater limit"
+    remedy = "another source" if nudges else f"strategy='fill', {greater}" if work.teacher.whitebox else greater
     message = (f"class {names} got no image: the teacher never saw it in {int(work.seen.sum()):,} images of "
                f"{work.source.text}; try {remedy}")
     if work.settings.empty == "refuse": raise ValueError(message + ", or pass empty='keep' to go on without it")

@@ -180,7 +180,9 @@ def html_samples(
     for c in shown:
         at = (predicted == c).nonzero()[:each, 0]
         strip = html_pictures(ts.images[at]) if len(at) else "<span style='opacity:.7'>none</span>"
-        rows += [html_name(names[c]), html_box("min-width:0", strip)]
+        row = "display:grid;grid-template-columns:6em 1fr;gap:.6em"
+        rows.append(html_box(row, html_name(names[c]), html_box("min-width:0", strip)))
     note = "" if len(shown) == len(counts) else html_box("font-size:.85em", f"{len(shown)} of {len(counts):,} classes")
-    grid = "display:grid;grid-template-columns:auto 1fr;gap:.25em .6em;font-size:.85em;margin:.4em 0"
+    columns = "repeat(auto-fit,minmax(min(100%,26em),1fr))"
+    grid = f"display:grid;grid-template-columns:{columns};gap:.25em 1em;font-size:.85em;margin:.4em 0"
     return html_box(grid, *rows) + note
