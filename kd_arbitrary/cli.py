@@ -77,7 +77,7 @@ def exit_with(
             raise typer.Exit(status) from None
 
 
-_CLOSED, _FULL = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED, _FULL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = (dict.fromkeys(_CLOSED, "choose a place that you may use (--out, --root)")
              | dict.fromkeys(_FULL, "free some space, or choose another place (--out, --root)"))
 
@@ -86,7 +86,8 @@ def _words(
     e: Exception,
 ) -> str:
     "What it says; for what the system refused, the file and what to do."
-    if not isinstance(e, OSError) or e.errno not in _REMEDIES or not e.filename: return str(e)
+    if not isinstance(e, OSError) or e.errno not in _REMEDIES: return str(e)
+    if not e.filename: return e.strerror or str(e)
     return f"{e.filename}: {e.strerror}; {_REMEDIES[e.errno]}"
 
 
@@ -441,6 +442,18 @@ def distil_own(
                else f"{job_table(record)}\n\n{listing(files)}")
 
 
+def _tell(
+    records: dict[str, dict],  # of `compare`
+    out: Path,  # where all files are
+    as_json: bool,  # as one JSON object; else as a table
+) -> None:
+    "Print what came out, and where it is."
+    files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
+    if not as_json: return typer.echo(f"{table(records)}\n\n{listing(files)}")
+    teacher = next(iter(records.values()))["teacher"]
+    typer.echo(json.dumps(dict(out=str(out), teacher=teacher) | records | dict(files=files)))
+
+
 @distill_app.command("kd_distill", cls=_Listing)
 def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
@@ -557,12 +570,7 @@ def kd_distill(
     with exit_with(1, debug), ranks(device) as together:
         if together.first: claim(out, asdict(run))
         records = compare(runs, out, root, device, not quiet, together)
-        if not together.first: return
-        files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
-        if as_json:
-            typer.echo(json.dumps(dict(out=str(out), teacher=next(iter(records.values()))["teacher"]) | records
-                                  | dict(files=files)))
-        else: typer.echo(f"{table(records)}\n\n{listing(files)}")
+        if together.first: _tell(records, out, as_json)
 
 # %% ../nbs/01_cli.ipynb #cli-grid
 @contextmanager

@@ -90,3 +90,28 @@ def test_from_onnx_to_a_smaller_onnx(home, tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["job"]["balance"] == "repeat" and (tmp_path / "run/student.onnx").exists() and told["paid"] >= 400
+
+
+def test_stopped_it_says_how_to_go_on(home, tmp_path):
+    words = ["--teacher", home / "letters.ts", *SMALL, "--epochs", "12", "--empty", "keep", "--out", tmp_path / "run"]
+    job, begun = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), time.time()
+    while not (tmp_path / "run/transfer.safetensors").exists() and job.poll() is None and time.time() - begun < 120: time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=120)
+    assert (job.returncode, out) == (130, "") and err.endswith("stopped; the same command goes on from here\n"), err
+    made = (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns
+    done = distill(*words, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["history"][-1]["epoch"] == 12, done.stderr
+    assert (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns == made and (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets limits")
+def test_a_full_disk_and_a_place_that_is_none(home, tmp_path):
+    import resource
+    words = ["--teacher", f"{home / 'ask.py'}:label", "--classes", "26", *SMALL, "--empty", "keep"]
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    full = subprocess.run(command(*words, "--out", tmp_path / "run"), capture_output=True, text=True, preexec_fn=small)
+    assert full.returncode == 1 and "run/answers.sqlite" in full.stderr and "Free some space" in full.stderr, full.stderr
+    (tmp_path / "file").touch()
+    wrong = distill(*words, "--out", tmp_path / "file/run")
+    assert wrong.returncode == 1 and "choose a place that you may use (--out" in wrong.stderr and wrong.stderr.count("\n") == 1

@@ -25,11 +25,15 @@ from filelock import FileLock
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
-from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, html_panels, option, pick, write_atomic
+from kd_arbitrary.core import (
+    ALONE, Alone, Facts, data_root, has_bfloat16, html_facts, html_panels, option, pick, write_atomic,
+)
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed
-from ..students.adversarial import ADVERSARIES, adversarial, imagine, make_generator, read_method, split_source
+from kd_arbitrary.students.adversarial import (
+    ADVERSARIES, adversarial, imagine, make_generator, read_method, split_source,
+)
 from ..students.distill import Lesson, distill, html_history
 from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
 from ..students.losses import LOSSES
@@ -378,8 +382,8 @@ def _from_duel(
                          f"and there are {ranks.world}; "
                          "start the command without torchrun")
     method, share, drawn = split_source(run.source)
-    if run.teacher_bn == "batch": teacher = Teacher(teacher.module, target.classes, target.shape,
-                                                    device=device, bn="batch")
+    if run.teacher_bn == "batch":
+        teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
     source = drawn and make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
     beside = source and _transfer_set(replace(run, source=drawn), source, teacher,
                                       out and out / "transfer.safetensors", show, ranks)
@@ -392,14 +396,13 @@ def _from_duel(
     report = beside.info["report"] if beside else None
     spent = report or dict(queries=0, gradients=0, drawn=0, seconds=0.0, cpu=0.0)
     parts = {method: "generated"} | ({p.text: p.kind for p in source.pieces} if source else {})
+    seen = diagnose(label(imagine(taught.generator, LOOKED_AT, run.seed), teacher, method))
+    results = seen | dict(updates=taught.updates, queries=spent["queries"] + taught.queries,
+                          gradients=spent["gradients"] + taught.gradients, drawn=spent["drawn"])
     return dict(student=taught.student, best=None, data=dict(kind="generated", parts=parts), report=report,
-                history=thinned(taught.history),
-                results=diagnose(label(imagine(taught.generator, LOOKED_AT, run.seed), teacher,
-                                       method)) | dict(updates=taught.updates,
-                                                       queries=spent["queries"] + taught.queries,
-                        gradients=spent["gradients"] + taught.gradients, drawn=spent["drawn"]),
-                seconds=dict(transfer=spent["seconds"], distill=taught.seconds), cpu=dict(transfer=spent.get("cpu",
-                        0.0), distill=taught.cpu))
+                history=thinned(taught.history), results=results,
+                seconds=dict(transfer=spent["seconds"], distill=taught.seconds),
+                cpu=dict(transfer=spent.get("cpu", 0.0), distill=taught.cpu))
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-passes
 def steps(

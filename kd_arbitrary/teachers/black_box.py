@@ -55,7 +55,11 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=60)) as db, db: yield db
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as db, db: yield db
+        except sqlite3.OperationalError as e:
+            raise OSError(f"could not use the answers in {self.path}: {e}. Free some space, or choose a folder you may "
+                          "write to, then run the same command again: no answer that is kept is paid for twice") from e
 
     @property
     def paid(self) -> int:
