@@ -493,7 +493,7 @@ def kd_distill(
     init: Annotated[str, _said("init")] = Run.init,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help=_said("bfloat16").help)] = Run.bfloat16,
     limit: Annotated[int | None, _said("limit")] = Run.limit,
-    empty: Annotated[str, _said("empty")] = Run.empty,
+    empty: Annotated[str | None, _job_said("empty")] = None,
     seed: Annotated[int, _said("seed")] = Run.seed,
     plugin: Plugin = None,
     classes: Annotated[str | None, _job_said("classes")] = None,
@@ -503,6 +503,9 @@ def kd_distill(
     std: Annotated[str | None, _job_said("std")] = None,
     input_range: Annotated[str, _option("What black and white are to your own teacher.")] = "0,1",
     multi_label: Annotated[bool, typer.Option("--multi-label", help=_job_said("multi_label").help)] = False,
+    recheck: Annotated[float | None, _job_said("recheck")] = None,
+    ledger: Annotated[Path | None, _unsaid("File with the answers of a black box; runs that share it pay once",
+                                           "OUT/answers.sqlite")] = None,
     budget: Annotated[int | None, _job_said("budget")] = None,
     strict: Annotated[bool,
                       typer.Option("--strict",
@@ -536,7 +539,7 @@ def kd_distill(
     with exit_with(2, debug):
         said = {k: v for k, v in dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr).items() if v is not None}
         shared = dict(relabel=relabel, cached_views=cached_views, loss=loss, temperature=temperature, bfloat16=bfloat16,
-                      limit=limit, empty=empty, seed=seed)
+                      limit=limit, seed=seed)
         source, device = source_of(images, source, strict), _device(device)
         if is_own(teacher) and target is None:
             if export is not None: pick(dict.fromkeys(("onnx", "pt2")), export, "kind of export")
@@ -545,13 +548,13 @@ def kd_distill(
                       input_shape=_numbers(input_shape, int, "--input-shape"), gives=gives,
                       mean=_numbers(mean, float, "--mean"), std=_numbers(std, float, "--std"),
                       input_range=_numbers(input_range, float, "--input-range"), multi_label=multi_label,
-                      allow_pickle=allow_pickle, budget=budget)
+                      allow_pickle=allow_pickle, budget=budget, recheck=recheck, empty=empty)
     if is_own(teacher) and target is None:
         if threads: torch.set_num_threads(threads)
         name = re.sub(r"[^\w.+=-]+", "_", teacher).strip("_")[-80:]
         with exit_with(1, debug):
             distil_own(job, out or Path("kd_out") / name, as_json, root=root, device=device, export=export, test=test,
-                       show=not quiet)
+                       ledger=ledger, show=not quiet)
         return
     with exit_with(2, debug):
         target = target or "digits"
@@ -559,7 +562,7 @@ def kd_distill(
         run = Run(**settings(target, source) | said, **shared, target=target, source=source,
                   balance=balance or Run.balance, views=views or Run.views,
                   teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init,
-                  gives=gives or Run.gives)
+                  gives=gives or Run.gives, empty=empty or Run.empty)
         few = few if few is not None else FEW.get(target, 0) if n is None else 0
         runs, out = comparison(run, few), out or default_out(run)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))

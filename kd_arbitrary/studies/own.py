@@ -7,27 +7,28 @@ __all__ = ['IMAGES', 'Job', 'execute_job', 'evaluate_folder']
 
 # %% ../../nbs/studies/07_own.ipynb #own-imports
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../../nbs/studies/07_own.ipynb #own-imports-core
-from ..core import ALONE, Alone, option, write_atomic
+from ..core import ALONE, Alone, generator, option, write_atomic
 from ..pictures.files import read_pictures
 from ..pictures.sources import Source, make_source, source_from
 from ..students.distill import Distilled, Lesson, distill
-from ..students.evaluate import evaluate, machine, peak_memory_mb, versions
+from ..students.evaluate import agreement, evaluate, machine, peak_memory_mb, versions
 from ..students.export import export_student, make_student, save_student
 from .grids import MIXTURE
 from .runs import Record, claim, code_version, looped, now, thinned
-from ..teachers.adapters import load_teacher
-from ..teachers.black_box import behind_ledger
+from ..teachers.adapters import QUESTION, load_teacher
+from ..teachers.black_box import walled
 from ..teachers.networks import count_parameters
 from ..teachers.teacher import Teacher
-from ..teachers.training import same_run
+from ..teachers.training import predict, same_run
 from ..transfer.balance import Balancing, balance
 from ..transfer.sets import TransferSet, diagnose
 
@@ -58,6 +59,10 @@ class Job(Lesson, Balancing):
     multi_label: bool = option(False, "Its logits are those of independent labels")
     allow_pickle: bool = option(False, "Open files that can run code")
     budget: int | None = option(None, "Images a black box may be asked about in all", unsaid="any number")
+    recheck: float | None = option(None, "Share of a black box's questions asked twice, to see whether answers change",
+                                   unsaid="0.01 for a service, else 0")
+    empty: str | None = option(None, "When a class gets no image: refuse, keep",
+                               unsaid="keep with a budget, else refuse")
 
 
 def _settled(
@@ -71,12 +76,39 @@ def _settled(
     if student is None:
         raise ValueError(f"name a student for images of {teacher.input_shape[1:]} pixels, "
                          "e.g. torchvision:mobilenet_v3_small or timm:resnet18 (--student)")
-    most = min(x for x in (job.n or IMAGES, size, job.budget) if x is not None)
-    white = teacher.whitebox
-    out = dict(student=student, balance=job.balance or ("fill" if white else "repeat"), n=most,
-               views=job.views or ("none" if job.budget else "affine+mixup"))
-    if job.budget: out |= dict(limit=min(job.limit or job.budget, job.budget))
+    views = job.views or ("none" if job.budget else "affine+mixup")
+    most = min(x for x in (job.n or IMAGES, size, _affordable(job, views)) if x is not None)
+    out = dict(student=student, n=most, views=views, empty=job.empty or ("keep" if job.budget else "refuse"),
+               recheck=_recheck(job), balance=job.balance or _balance(job, teacher))
+    if job.budget: out |= dict(limit=min(x for x in (job.limit, _affordable(job, "none")) if x is not None))
     return replace(job, **out)
+
+
+def _balance(
+    job: Job,  # as the user wrote it
+    teacher: Teacher,  # it names
+) -> str:
+    "How classes are balanced where nothing is said; within a budget, the way that was best on other tasks."
+    return "fill" if teacher.whitebox else "uncertain" if job.budget else "repeat"
+
+
+def _recheck(
+    job: Job,  # any
+) -> float:
+    "The share of questions that is asked twice."
+    return (0.01 if str(job.teacher).startswith("http") else 0.0) if job.recheck is None else job.recheck
+
+
+def _affordable(
+    job: Job,  # any
+    views: str,  # that are made of each image
+) -> int | None:  # images; None: any number
+    "How many images a budget allows: the first question and those asked twice count, and so do views."
+    if job.budget is None: return None
+    asked = (job.budget - QUESTION) / (1 + _recheck(job))
+    images = int(asked / (1 if views == "none" else 1 + job.cached_views))
+    if images < 1: raise ValueError(f"a budget of {job.budget:,} questions allows no image; give a larger --budget")
+    return images
 
 # %% ../../nbs/studies/07_own.ipynb #own-do
 def execute_job(
@@ -88,6 +120,7 @@ def execute_job(
     export: str | None = None,  # also write the student as "onnx" or "pt2"
     test: str | Path | None = None,  # a folder with one sub-folder of pictures for each class
     images=None,  # a `Source`, a `Dataset`, an array: what `source_from` takes, in place of the job's source
+    ledger: str | Path | None = None,  # file with the answers of a black box; None: in the folder
     show: bool = True,  # progress bars
     ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:  # what came out: also in `job.json` of the folder
@@ -96,7 +129,7 @@ def execute_job(
         raise ValueError(f"{job.source!r} makes images and student together; with a teacher of your own call "
                          "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
     out, start = Path(out), time.perf_counter()
-    teacher = _teacher(job, out, device)
+    teacher = _teacher(job, Path(ledger or out / "answers.sqlite"), device)
     if ranks.world > 1 and hasattr(teacher, "box"):
         raise ValueError(f"a teacher with a price is asked by one process, and there are {ranks.world}; "
                          "start the command without torchrun")
@@ -130,14 +163,14 @@ def _source(
 
 def _teacher(
     job: Job,
-    out: Path,  # for the ledger
+    ledger: Path,  # file
     device: str,
 ) -> Teacher:
-    "The teacher that the job names."
+    "The teacher that the job names; a black box, or one with a budget, behind a ledger from its first question on."
     fields = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "allow_pickle")
-    teacher = load_teacher(job.teacher, **{k: getattr(job, k) for k in fields}, device=device)
-    if teacher.module is not None and job.budget is None: return teacher
-    return behind_ledger(teacher, out / "answers.sqlite", job.budget)
+    behind = walled(ledger, job.budget, recheck=_recheck(job))
+    wall = lambda ask: ask if isinstance(ask, nn.Module) and job.budget is None else behind(ask)
+    return load_teacher(job.teacher, **{k: getattr(job, k) for k in fields}, device=device, wall=wall)
 
 
 def _set(
@@ -233,6 +266,20 @@ def evaluate_folder(
                          f"the teacher's classes are {', '.join(teacher.classes[:10])} ...")
     parts = [(read_pictures(p, teacher.input_shape, show=False).images, teacher.classes.index(name))
              for name, p in folders.items()]
-    labels = torch.cat([torch.full((len(x),), c, dtype=torch.int64) for x, c in parts])
-    asked = None if hasattr(teacher, "box") else teacher                      # a question may have a price
-    return evaluate(model, torch.cat([x for x, _ in parts]), labels, teacher=asked)
+    images, labels = torch.cat([x for x, _ in parts]), torch.cat([torch.full((len(x),), c) for x, c in parts])
+    if not hasattr(teacher, "box"): return evaluate(model, images, labels, teacher=teacher) | dict(compared=len(images))
+    return evaluate(model, images, labels) | _compared(model, images, teacher)
+
+
+def _compared(
+    model: nn.Module,  # the student
+    images: Tensor,  # [n, C, H, W] test images
+    teacher: Teacher,  # a black box
+) -> dict:  # agreement, or None, and the number of images it was measured on
+    "Agreement with a teacher whose questions have a price: on what it answered before, and on what its budget allows."
+    known, left = teacher.box.knows(images), teacher.box.ledger.left
+    order = torch.randperm(len(images), generator=generator("compared"))
+    new = order[~known[order]][: 0 if left == math.inf else int(left)]
+    rows = torch.cat([known.nonzero()[:, 0], new])
+    if not len(rows): return dict(agreement=None, compared=0)
+    return dict(agreement=agreement(predict(model, images[rows]), teacher(images[rows])), compared=len(rows))

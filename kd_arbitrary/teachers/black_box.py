@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BudgetError', 'Ledger', 'questions_of', 'Busy', 'BlackBox', 'ask_http', 'http', 'https', 'serve', 'behind_ledger',
-           'labels_only']
+           'walled', 'labels_only']
 
 # %% ../../nbs/teachers/07_black_box.ipynb #bb-imports
 import hashlib
@@ -30,7 +30,7 @@ from torch import Tensor
 # %% ../../nbs/teachers/07_black_box.ipynb #bb-imports-core
 from ..core import to_float, to_stored
 from .adapters import ADAPTERS, Found
-from .teacher import Teacher
+from .teacher import GIVES, Teacher
 
 # %% ../../nbs/teachers/07_black_box.ipynb #bb-ledger
 class BudgetError(RuntimeError):
@@ -253,10 +253,11 @@ def ask_http(
         body = io.BytesIO()
         np.save(body, images.cpu().numpy().astype(np.float32), allow_pickle=False)
         told = _fetched(urllib.request.Request(url, body.getvalue(), {"Content-Type": "application/x-npy"}), timeout)
-        kinds = [k for k in ("logits", "probabilities", "labels") if k in told]
+        kinds = [k for k in GIVES if k in told]
         if len(kinds) != 1:
             raise ValueError(f"{url} answered with {', '.join(told) or 'nothing'}; "
-                             "expected exactly one of logits, probabilities, labels")
+                             f"expected exactly one of {', '.join(GIVES)}")
+        ask.gives = kinds[0]
         try: return torch.tensor(told[kinds[0]], dtype=torch.int64 if kinds[0] == "labels" else torch.float32)
         except (TypeError, ValueError) as e:
             raise ValueError(f"{url} answered with {kinds[0]} that are no table of numbers: {e}") from None
@@ -367,6 +368,18 @@ def behind_ledger(
     out = Teacher(box, teacher.classes, teacher.input_shape, gives=teacher.gives)
     out.box = box
     return out
+
+def walled(
+    path: str | Path,  # of the ledger
+    budget: int | None = None,  # images that may be sent in all
+    **options,  # of `BlackBox`
+) -> Callable[[Callable], BlackBox]:  # the `wall` of `load_teacher`
+    "A ledger for a teacher that is loaded with it, so that its first question is counted and kept too."
+    def build(ask):
+        known = getattr(ask, "fingerprint", None) or Teacher(ask, 2, (1, 1, 1)).fingerprint
+        return BlackBox(ask, Ledger(path, known, budget), **options)
+    return build
+
 
 def labels_only(
     teacher: Teacher,  # any

@@ -45,7 +45,9 @@ def check_answer(
                          f"{n} images; check its input range ([0, 1])")
     simplex = (answer >= -1e-6).all() and ((answer.sum(1) - 1).abs() < 1e-3).all()
     if gives == "probabilities" and not simplex:
-        raise ValueError(f"the teacher should give probabilities, but a row is {answer[0, :5].tolist()}...; "
+        i = int((answer.clamp_max(0).sum(1).abs() + (answer.sum(1) - 1).abs()).argmax())
+        raise ValueError(f"the teacher should give probabilities, but row {i} of its answer, "
+                         f"{[round(p, 4) for p in answer[i, :5].tolist()]}..., sums to {answer[i].sum():.4g}; "
                          "pass gives='logits'?")
     if gives == "logits" and n > 1 and simplex:
         raise ValueError("the teacher should give logits, but every row is non-negative and sums to 1; "
