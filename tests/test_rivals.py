@@ -97,7 +97,7 @@ def test_black_boxes_are_told_what_remains(tmp_path):
     assert done.returncode == 1 and "needs gradients" in done.stderr and "'quota', 'repeat'" in done.stderr
     labels = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), 3, (1, 4, 4), gives="labels")
     for name in rivals.RIVALS.where(kind="set"):
-        with pytest.raises(ValueError, match="'quota', 'repeat' or 'reweight'"): make_source(name, (1, 4, 4), tmp_path, teacher=labels)
+        with pytest.raises(ValueError, match="'quota', 'repeat'"): make_source(name, (1, 4, 4), tmp_path, teacher=labels)
 
 
 @pytest.mark.parametrize("text, words", {
