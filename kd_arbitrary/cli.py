@@ -245,7 +245,7 @@ def table(
              ("teacher", "", f"{first['teacher']['accuracy']:.2%}", "", "", f"{first['seconds']['teacher']:.1f}")]
     for name, r in records.items():
         spent = r["seconds"]["transfer"] + r["seconds"]["distill"]
-        lines.append((LABELS[name].format(**r["config"]), f"{r['config']['n'] or 0:,}",
+        lines.append((LABELS[name].format(**r["config"]), f"{r['config']['n']:,}" if r["config"]["n"] else "made",
                       f"{r['results']['accuracy']:.2%}",
                       f"{r['results']['agreement']:.2%}",
                       f"{r['results']['queries']:,}", f"{spent:.1f}"))

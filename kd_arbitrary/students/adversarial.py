@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Taught', 'ADVERSARIES', 'CLIP', 'CHAPTERS', 'DRAWN_AT_ONCE', 'make_generator', 'imagine', 'watching',
-           'first_linear', 'shared_maps', 'one_hot_loss', 'activation_loss', 'entropy_loss', 'attention',
-           'attention_loss', 'boundary_loss', 'statistics_loss', 'Making', 'Dafl', 'Zskt', 'Fast', 'Contest', 'Duel',
-           'as_logits', 'dafl', 'zskt', 'fast', 'read_method', 'split_source', 'memory_of_duel', 'adversarial',
+           'first_linear', 'shared_maps', 'one_hot_loss', 'activation_loss', 'entropy_loss', 'as_logits', 'divergence',
+           'attention', 'attention_loss', 'boundary_loss', 'statistics_loss', 'Making', 'Dafl', 'Zskt', 'Fast',
+           'Contest', 'Duel', 'dafl', 'zskt', 'fast', 'read_method', 'split_source', 'memory_of_duel', 'adversarial',
            'dafl_images']
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-imports
@@ -31,7 +31,7 @@ from ..core import (generator, keep_freed, load_tensors, need_memory, option, pi
 from ..pictures.sources import parse_source
 from ..pictures.views import make_views
 from .distill import Distilled, fingerprint
-from .losses import LOSSES, soften
+from .losses import LOSSES
 from ..teachers.teacher import Teacher
 from ..teachers.training import SAVE_EVERY, evaluating, footprint, one_cycle, predict, same_run
 from ..transfer.rivals import RIVALS, Batch, Commission, rival
@@ -142,8 +142,25 @@ def entropy_loss(
     logits: Tensor,  # [n, K] of the teacher
 ) -> Tensor:  # scalar, from -log10(K), even classes, to 0, one class
     "How uneven the classes of a batch are: minus the entropy of the mean prediction, in decimal digits."
-    p = logits.softmax(1).mean(0)
-    return torch.special.xlogy(p, p).sum() / math.log(10)
+    log_p = logits.log_softmax(1).logsumexp(0) - math.log(len(logits))
+    return (log_p.exp() * log_p).sum() / math.log(10)
+
+# %% ../../nbs/students/05_adversarial.ipynb #adv-divergence
+def as_logits(
+    scores: Tensor,  # [n, K] of a teacher
+    gives: str,  # "logits" or "probabilities"
+) -> Tensor:  # [n, K]
+    "Scores that a softmax turns into the teacher's probabilities."
+    return scores if gives == "logits" else scores.clamp_min(1e-12).log()
+
+
+def divergence(
+    student: Tensor,  # [n, K] logits
+    teacher: Tensor,  # [n, K] logits
+) -> Tensor:  # [n] nats, >= 0
+    "Of the student's probabilities from the teacher's."
+    log_p = teacher.log_softmax(1)
+    return (log_p.exp() * (log_p - student.log_softmax(1))).sum(1)
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-attention
 def attention(
@@ -163,13 +180,10 @@ def attention_loss(
 # %% ../../nbs/students/05_adversarial.ipynb #adv-inversion
 def boundary_loss(
     student: Tensor,  # [n, K] logits
-    scores: Tensor,  # [n, K] of the teacher
-    gives: str = "logits",  # what the scores are
+    teacher: Tensor,  # [n, K] logits
 ) -> Tensor:  # scalar, <= 0
     "Minus the divergence of student from teacher where they name the same class; elsewhere 0."
-    p = soften(scores, gives, 1.0)
-    apart = (torch.special.xlogy(p, p) - p * student.log_softmax(1)).sum(1)
-    return -(apart * (student.argmax(1) == scores.argmax(1))).mean()
+    return -(divergence(student, teacher) * (student.argmax(1) == teacher.argmax(1))).mean()
 
 
 def statistics_loss(
@@ -312,14 +326,6 @@ class Duel:
 # [n, C, H, W] float32 images, [n, K] the teacher's scores, its maps [n, c, h, w] where attention is compared
 Taught = tuple[Tensor, Tensor, list[Tensor]]
 
-
-def as_logits(
-    scores: Tensor,  # [n, K] of a teacher
-    gives: str,  # "logits" or "probabilities"
-) -> Tensor:  # [n, K]
-    "Scores that a softmax turns into the teacher's probabilities."
-    return scores if gives == "logits" else scores.clamp_min(1e-12).log()
-
 # %% ../../nbs/students/05_adversarial.ipynb #adv-dafl
 # functions (duel, generator) -> what is taught, or None for images of the memory; facts: `making` (settings), `paper`
 ADVERSARIES = RIVALS.kind("loop")
@@ -354,7 +360,8 @@ def zskt(
     "Images on which the student disagrees with the teacher (Micaelli and Storkey, NeurIPS 2019, Algorithm 1)."
     z = duel.noise(g)
     x = duel.draw(z)
-    duel.step(-LOSSES["kl"](duel.student(x), duel.teacher.forward(x), duel.teacher.gives, 1.0), CLIP)
+    logits = as_logits(duel.teacher.forward(x), duel.teacher.gives)
+    duel.step(-divergence(duel.student(x), logits).mean(), CLIP)
     with torch.no_grad(): return duel.ask(duel.draw(z))
 
 # %% ../../nbs/students/05_adversarial.ipynb #adv-fast
@@ -396,10 +403,11 @@ def _inversion(
     how, teacher = duel.making, duel.teacher
     norms = {name: m for name, m in teacher.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     with watching(teacher.module, list(norms)) as seen: scores = teacher.forward(x)
-    loss = how.sure * F.cross_entropy(as_logits(scores, teacher.gives), want)
+    logits = as_logits(scores, teacher.gives)
+    loss = how.sure * F.cross_entropy(logits, want)
     if norms: loss = loss + how.statistics * statistics_loss(seen, norms)
     if duel.round < duel.warm or not how.against: return loss
-    with evaluating(duel.student): return loss + how.against * boundary_loss(duel.student(x), scores, teacher.gives)
+    with evaluating(duel.student): return loss + how.against * boundary_loss(duel.student(x), logits)
 
 
 def _remember(
