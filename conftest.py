@@ -3,7 +3,7 @@
     pytest nbs/pictures/01_noise.ipynb          # one notebook
     pytest --nb-flags "slow cuda"      # also the cells that are skipped otherwise
 """
-import contextlib, io, os
+import contextlib, gc, io, os
 from pathlib import Path
 
 import pytest
@@ -27,13 +27,27 @@ class NotebookFile(pytest.File):
     def collect(self): yield NotebookTest.from_parent(self, name="notebook")
 
 
+@contextlib.contextmanager
+def own_additions():
+    "What is added to registries inside, a notebook's own definitions of what the library holds too, is gone afterwards."
+    from kd_arbitrary import all as _                     # every registry exists
+    from kd_arbitrary.core import Registry
+    before = [(r, dict(r), dict(r.facts)) for r in gc.get_objects() if isinstance(r, Registry)]
+    try: yield
+    finally:
+        for registry, things, facts in before:
+            registry.clear()
+            registry.update(things)
+            registry.facts = facts
+
+
 class NotebookTest(pytest.Item):
     "All cells of a notebook in order, without those whose flag is in `tst_flags`."
     def runtest(self):
         from nbdev.config import get_config
         from nbdev.test import test_nb as run_notebook
         skip, force = get_config(path=ROOT).tst_flags.split(), self.config.getoption("--nb-flags").split()
-        with contextlib.redirect_stderr(io.StringIO()) as errors:
+        with contextlib.redirect_stderr(io.StringIO()) as errors, own_additions():
             passed, seconds = run_notebook(self.path, skip_flags=skip, force_flags=force, basepath=ROOT)
         if not passed: raise NotebookFailed(errors.getvalue())
         if seconds == 0: pytest.skip("skip_exec: true")
