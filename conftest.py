@@ -30,7 +30,7 @@ class NotebookFile(pytest.File):
 @contextlib.contextmanager
 def own_additions():
     "What is added to registries inside, a notebook's own definitions of what the library holds too, is gone afterwards."
-    from kd_arbitrary import all as _                     # every registry exists
+    import kd_arbitrary.all  # noqa: F401, every registry exists
     from kd_arbitrary.core import Registry
     before = [(r, dict(r), dict(r.facts)) for r in gc.get_objects() if isinstance(r, Registry)]
     try: yield
