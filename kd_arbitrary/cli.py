@@ -44,7 +44,7 @@ from .studies.records import find_record, grid_status, read_records, run_grid, w
 from .students.ranks import ranks
 from .studies.report import find_runs, report_data, write_report
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
-from .studies.tables import SETTING, grid_frame, results_table
+from .studies.tables import SETTING, grid_frame, reached, reached_text, results_table
 from .teachers.networks import MODELS
 from .teachers.adapters import load_teacher
 from .teachers.recipes import train_teacher
@@ -781,6 +781,7 @@ def kd_diagnose(
     gives: Annotated[str | None, _job_said("gives")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
     seed: Annotated[int, _option("Of the look.")] = 0,
+    results: Annotated[Path, _option("Folder with folders of records, to say what such sets reached.")] = RESULTS,
     root: Root = None,
     plugin: Plugin = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -798,7 +799,18 @@ def kd_diagnose(
         else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
         found = diagnose(make_source(source or MIXTURE, who.input_shape, root, teacher=who, n=sample, seed=seed), who,
                          n, sample, seed)
-        typer.echo(json.dumps(asdict(found)) if as_json else str(found))
+        alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
+        if as_json: typer.echo(json.dumps(asdict(found) | dict(reached=alike)))
+        else: typer.echo(f"{found}\n{reached_text(alike)}")
+
+
+def _whole(
+    folder: Path,  # of records
+) -> list[dict]:
+    "The whole records of a folder; what is none is passed over."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_records(folder)
 
 
 report_app = _app()
