@@ -93,7 +93,7 @@ def test_from_onnx_to_a_smaller_onnx(home, tmp_path):
 
 
 def test_stopped_it_says_how_to_go_on(home, tmp_path):
-    words = ["--teacher", home / "letters.ts", *SMALL, "--epochs", "12", "--empty", "keep", "--out", tmp_path / "run"]
+    words = ["--teacher", home / "letters.ts", *SMALL, "--epochs", "40", "--empty", "keep", "--out", tmp_path / "run"]
     job, begun = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), time.time()
     while not (tmp_path / "run/transfer.safetensors").exists() and job.poll() is None and time.time() - begun < 120: time.sleep(0.01)
     job.send_signal(signal.SIGINT)
@@ -101,7 +101,7 @@ def test_stopped_it_says_how_to_go_on(home, tmp_path):
     assert (job.returncode, out) == (130, "") and err.endswith("stopped; the same command goes on from here\n"), err
     made = (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns
     done = distill(*words, "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["history"][-1]["epoch"] == 12, done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout)["history"][-1]["epoch"] == 40, done.stderr
     assert (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns == made and (tmp_path / "run/report.html").exists()
 
 
