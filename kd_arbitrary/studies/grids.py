@@ -11,7 +11,8 @@ __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 
            'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
            'reference', 'development', 'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'cifar10_small',
            'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check',
-           'race_trials', 'race_run', 'race', 'race_combinations', 'select', 'step_flops', 'probe', 'estimate']
+           'race_trials', 'race_run', 'race_plan', 'race', 'race_combinations', 'select', 'step_flops', 'probe',
+           'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -457,11 +458,17 @@ def race_run(
     return Run(target=target, seed=seed, teacher_seed=seed, empty="keep", **RACING | how | long)
 
 
+def race_plan() -> dict[Run, tuple[str, float]]:  # run -> (contestant, core-minutes)
+    "Who runs, and at which budget, in the order of running."
+    every = [(c, t, m, seed) for m in MINUTES for seed in range(3) for t in NEAR for c in RACERS]
+    return {run: (c, m) for c, t, m, seed in every for run in [race_run(c, t, m, seed)]}
+
+
 @grid
 def race() -> list[Run]:
     """MNIST and Fashion-MNIST, three teachers, random initial weights: four rivals, and arbitrary sets as drawn,
     repeated, filled, impressed, at 1 to 60 core-minutes."""
-    return [race_run(c, t, m, seed) for m in MINUTES for seed in range(3) for t in NEAR for c in RACERS]
+    return list(race_plan())
 
 
 @grid

@@ -295,6 +295,17 @@ def _transfer_set(
                    ranks=ranks)[0]
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-teach
+def _normalising(
+    run: Run,  # says by which statistics
+    target: Target,  # names the classes
+    teacher: Teacher,  # a network
+    device: str,  # where it runs
+) -> Teacher:
+    "The teacher with the batch-norm statistics that the run names."
+    if run.teacher_bn == "running": return teacher
+    return Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+
+
 def _from_transfer(
     run: Run,  # what to do
     target: Target,  # for the shape, and for `original`
@@ -306,8 +317,7 @@ def _from_transfer(
     ranks: Alone,  # the processes that do it
 ) -> dict:  # student, best, source, and parts of the record
     "Make the transfer set and teach the student with it."
-    if run.teacher_bn == "batch":
-        teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+    teacher = _normalising(run, target, teacher, device)
     whole, teacher = teacher, labels_only(teacher) if run.gives == "labels" else teacher
     source = (original(target) if run.source == "original"
               else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
@@ -382,8 +392,7 @@ def _from_duel(
                          f"and there are {ranks.world}; "
                          "start the command without torchrun")
     method, share, drawn = split_source(run.source)
-    if run.teacher_bn == "batch":
-        teacher = Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
+    teacher = _normalising(run, target, teacher, device)
     source = drawn and make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
     beside = source and _transfer_set(replace(run, source=drawn), source, teacher,
                                       out and out / "transfer.safetensors", show, ranks)
