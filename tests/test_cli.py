@@ -138,6 +138,8 @@ def test_a_small_set_beside_the_large_one(root, tmp_path, monkeypatch):
     assert small[0]["results"]["queries"] == 40 < small[1]["results"]["queries"] == small[2]["config"]["n"] == small[2]["results"]["queries"]
     assert [line.split("  ")[0] for line in distill(*QUICK, "--few", 40, "--root", root, "--out", tmp_path).stdout.splitlines()[2:5]] == [
         "student, unbalanced", "student, balanced (fill)", "student, unbalanced, as many queries"]
+    page = (tmp_path / "report.html").read_text()
+    assert "--few 40" in page and "taught with 300 of strokes" in page
 
 
 def test_grid_commands(root, tmp_path, monkeypatch):

@@ -219,7 +219,9 @@ def _command(
     if "job" in told.record:
         test = (told.record.get("test") or {}).get("folder")
         return command_of(told.settings, path, export=told.record.get("export"), test=test)
-    if "" not in runs and begun.exists(): return command_of(json.loads(begun.read_text()), path)
+    if "" not in runs and begun.exists():
+        few = runs["few-unbalanced"].settings["n"] if "few-unbalanced" in runs else None
+        return command_of(json.loads(begun.read_text()), path, few=few)
     return _in_python(Run, told.settings, path if path.is_dir() else path.stem)
 
 
@@ -332,7 +334,8 @@ def render(
 ) -> str:  # the page
     "The report as one HTML page that needs nothing else."
     runs = find_runs(path)
-    data, first = _data(Path(path).expanduser(), runs), next(iter(runs.values()))
+    data = _data(Path(path).expanduser(), runs)
+    first = next(told for name, told in runs.items() if not name.startswith("few-"))
     made, one = went_in(first.record), len(runs) == 1
     page = Environment(autoescape=True).from_string(PAGE)
     parts = [("" if one else NAMES.get(name, name), [(heading, Markup(html), heading in WIDE) for heading, html in
@@ -343,7 +346,7 @@ def render(
 
 
 def _sentence(
-    record: dict,  # the first that is shown
+    record: dict,  # the first that is shown, the small sets of a comparison aside
     one: bool,  # and the only one
 ) -> str:
     "What was done, in words."
