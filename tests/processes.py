@@ -1,5 +1,5 @@
 """Processes for the tests, forked from one that has imported everything: a test that needs ten of them waits for what they do."""
-import multiprocessing, os, signal, sys, tempfile, time
+import multiprocessing, os, sys, tempfile, time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")

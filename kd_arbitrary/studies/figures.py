@@ -292,19 +292,38 @@ def summary(
     ax = _canvas(fig.add_axes(at(head, 2 * block + gap)), wide, 2 * block + gap)
     for top, ts, text, colour in (0, before, "as drawn", LINE), (block + gap, after, "balanced", BLUE):
         _summary_block(ax, ts, shown.tolist(), top, rows, pitch, side)
-        ax.add_patch(Rectangle((-0.16, top), 0.045, block - 0.03, color=colour, clip_on=False))
-        ax.text(-0.24, top + block / 2, text, rotation=90, ha="right", va="center", color=colour, fontweight="bold",
-                fontsize=8.5)
+        _summary_margin(ax, top, block, text, colour)
+    _summary_names(ax, names, pitch)
+    entropy = [f"{histogram_entropy(torch.from_numpy(counts)):.2f}" for counts in (old, new)]
+    head = dict(y=1 - 0.2 / height, va="center")
+    fig.text(left / 8, s=title or after.info.get("source", ""), fontsize=10.5, fontweight="bold", **head)
+    fig.text((left + wide) / 8, s="class entropy " + " \u2192 ".join(entropy), fontsize=9, ha="right", **head)
+    _summary_bars(fig.add_axes(at(height - bars - 0.3, bars)), old[order], new[order], len(after) / k)
+    return fig
+
+
+def _summary_margin(
+    ax: Axes,
+    top: float,  # of the block, in inches
+    height: float,  # likewise
+    text: str,  # what the block shows
+    colour: str,
+) -> None:
+    "A coloured line beside a block, and what it is."
+    ax.add_patch(Rectangle((-0.16, top), 0.045, height - 0.03, color=colour, clip_on=False))
+    ax.text(-0.24, top + height / 2, text, rotation=90, ha="right", va="center", color=colour, fontweight="bold",
+            fontsize=8.5)
+
+
+def _summary_names(
+    ax: Axes,
+    names: list[str],  # one a column
+    pitch: float,  # width of a column, in inches
+) -> None:
+    "The class above each column, as large as the longest name allows."
     fontsize = min(8.5, 72 * pitch / 0.72 / max(map(len, names)))
     for i, name in enumerate(names):
         ax.text((i + 0.5) * pitch, -0.05, name, ha="center", va="bottom", fontsize=fontsize, fontweight="bold")
-    fig.text(left / 8, 1 - 0.2 / height, title or after.info.get("source", ""), fontsize=10.5, fontweight="bold",
-             va="center")
-    fig.text((left + wide) / 8, 1 - 0.2 / height,
-             f"class entropy {histogram_entropy(torch.from_numpy(old)):.2f} \u2192 "
-             f"{histogram_entropy(torch.from_numpy(new)):.2f}", fontsize=9, ha="right", va="center")
-    _summary_bars(fig.add_axes(at(height - bars - 0.3, bars)), old[order], new[order], len(after) / k)
-    return fig
 
 
 def _summary_bars(
@@ -389,28 +408,53 @@ def accuracy_bars(
     rank, colours = _bar_order(rows, x, value), colours_of(rows[hue])
     fig, (ax,) = figure(6, 0.7 + len(rank) * (0.12 + 0.13 * len(colours)), grid="x")
     common = dict(data=rows, y=x, x=value, hue=hue, order=list(rank[x]), hue_order=list(colours), orient="h", ax=ax)
-    sns.barplot(**common, palette=colours, errorbar="sd", saturation=1, err_kws=dict(color=INK, linewidth=0.9),
-                width=0.8, alpha=0.85)
-    sns.stripplot(**common, palette=dict.fromkeys(colours, "white"), dodge=len(colours) > 1, size=3.2, edgecolor=INK,
-                  linewidth=0.6, jitter=False, legend=False)
-    if ax.legend_: ax.legend_.remove()
+    _bars_with_dots(common, colours)
     for i, (name, v) in enumerate(lines.groupby(x, sort=False)[value].mean().dropna().items()):
         ax.axvline(v, color=INK, linewidth=0.9, linestyle=((0, (5, 2)), (0, (1, 1.5)))[i % 2], label=f"{name} {v:.1%}")
     for i, name in enumerate(rank[x]):
         for j, by in enumerate(colours):
             runs = rows[(rows[x] == name) & (rows[hue] == by)]
-            if runs[value].notna().any() or runs.empty: continue
-            failed = (runs.status == "failed").any()
-            ax.text(0.006, i + (j + 0.5) * 0.8 / len(colours) - 0.4, "failed" if failed else "not run", va="center",
-                    fontsize=6.5, color=RED if failed else LINE)
-    for kind, at in rank.groupby("kind", sort=False).groups.items():
-        ax.text(1.012, (at[0] + at[-1]) / 2, kind, rotation=270, ha="left", va="center", fontsize=7.5, color=LINE,
-                transform=ax.get_yaxis_transform())
-        if at[0]: ax.axhline(at[0] - 0.5, color=LINE, linewidth=0.6)
+            _say_if_none(ax, runs, value, i + (j + 0.5) * 0.8 / len(colours) - 0.4)
+    _name_kinds(ax, rank)
     ax.set(xlabel=f"{value} on the target's test set", ylabel="", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", title=hue)
     return fig
+
+
+def _bars_with_dots(
+    common: dict,  # what seaborn needs to know for both
+    colours: dict,  # value of `hue` to colour
+) -> None:
+    "A bar for each mean, and a dot for each run."
+    sns.barplot(**common, palette=colours, errorbar="sd", saturation=1, err_kws=dict(color=INK, linewidth=0.9),
+                width=0.8, alpha=0.85)
+    sns.stripplot(**common, palette=dict.fromkeys(colours, "white"), dodge=len(colours) > 1, size=3.2, edgecolor=INK,
+                  linewidth=0.6, jitter=False, legend=False)
+    if common["ax"].legend_: common["ax"].legend_.remove()
+
+
+def _say_if_none(
+    ax: Axes,
+    runs: pd.DataFrame,  # of one bar
+    value: str,  # column
+    at: float,  # where the bar lies
+) -> None:
+    "In place of a bar that cannot be, why."
+    if runs[value].notna().any() or runs.empty: return
+    failed = (runs.status == "failed").any()
+    ax.text(0.006, at, "failed" if failed else "not run", va="center", fontsize=6.5, color=RED if failed else LINE)
+
+
+def _name_kinds(
+    ax: Axes,
+    rank: pd.DataFrame,  # of `_bar_order`
+) -> None:
+    "The kind of the sources beside their bars, and a line between kinds."
+    for kind, at in rank.groupby("kind", sort=False).groups.items():
+        ax.text(1.012, (at[0] + at[-1]) / 2, kind, rotation=270, ha="left", va="center", fontsize=7.5, color=LINE,
+                transform=ax.get_yaxis_transform())
+        if at[0]: ax.axhline(at[0] - 0.5, color=LINE, linewidth=0.6)
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-budget
 BUDGETS = dict(queries="images the teacher was asked about", updates="optimiser steps", distinct="distinct images")

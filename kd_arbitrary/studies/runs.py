@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from torch import nn
 
 # %% ../../nbs/studies/01_runs.ipynb #experiment-imports-core
 from .. import core
@@ -198,7 +199,7 @@ def _check(
     run: Run,  # resolved
 ) -> None:
     "Refuse a run that cannot be done, saying what would be right."
-    size, shape, k = SIZES[run.target]
+    _, shape, k = SIZES[run.target]
     pick(MODELS, run.teacher, "teacher"), pick(MODELS, run.student, "student"), LOSSES.pick(run.loss)
     STRATEGIES.pick(run.balance), make_views(run.views)
     pick(dict.fromkeys(("refuse", "keep")), run.empty, "way with empty classes")
@@ -212,7 +213,14 @@ def _check(
             raise ValueError(f"{name} must be positive, got {value}")
     check_smooth(run.smooth, shape), check_impressed(run.impressed)
     if not 0 <= run.holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {run.holdout}")
-    drawn = run.source
+    _check_images(run)
+
+
+def _check_images(
+    run: Run,  # resolved
+) -> None:
+    "Refuse a source, a method or a number of images that cannot be."
+    (size, shape, k), drawn = SIZES[run.target], run.source
     if looped(run.source):
         method, _, drawn = split_source(run.source)
         read_method(method), make_generator(shape, 1, 1)
@@ -223,6 +231,7 @@ def _check(
         raise ValueError(f"{run.target} has {size:,} training images, n={run.n:,} were asked for; leave n out for all")
     elif run.source == "labels" and run.n < size:
         raise ValueError(f"the source 'labels' takes all {size:,} images; leave n out")
+
 
 def _check_black(
     run: Run,  # whose teacher only labels
@@ -306,6 +315,25 @@ def _normalising(
     return Teacher(teacher.module, target.classes, target.shape, device=device, bn="batch")
 
 
+def _begun(
+    run: Run,  # what to do
+    target: Target,  # for the shape, and for `original`
+    teacher: Teacher,  # as it was trained
+    root: str | Path | None,  # data root
+    device: str,  # where it runs
+    show: bool,  # progress bars
+) -> tuple[Teacher, Source | None, nn.Module]:
+    "The teacher as the run asks it, where a set's images come from, and the student before its first step."
+    teacher = _normalising(run, target, teacher, device)
+    student = make_model(run.student, target.shape, len(target.classes), run.seed)
+    if run.init == "teacher": inherit(student, teacher.module)
+    if run.gives == "labels": teacher = labels_only(teacher)
+    if run.source == "original": return teacher, original(target), student
+    drawn = split_source(run.source)[2] if looped(run.source) else run.source
+    make = lambda: make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
+    return teacher, drawn and make(), student
+
+
 def _from_transfer(
     run: Run,  # what to do
     target: Target,  # for the shape, and for `original`
@@ -317,13 +345,8 @@ def _from_transfer(
     ranks: Alone,  # the processes that do it
 ) -> dict:  # student, best, source, and parts of the record
     "Make the transfer set and teach the student with it."
-    teacher = _normalising(run, target, teacher, device)
-    whole, teacher = teacher, labels_only(teacher) if run.gives == "labels" else teacher
-    source = (original(target) if run.source == "original"
-              else make_source(run.source, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show))
+    teacher, source, student = _begun(run, target, teacher, root, device, show)
     ts = _transfer_set(run, source, teacher, out and out / "transfer.safetensors", show, ranks)
-    student = make_model(run.student, target.shape, len(target.classes), run.seed)
-    if run.init == "teacher": inherit(student, whole.module)
     fields = ("batch_size", "lr", "temperature", "loss", "views", "relabel", "cached_views", "holdout", "seed",
               "bfloat16")
     taught = distill(teacher, student, ts, **{f: getattr(run, f) for f in fields}, epochs=passes(run, len(ts)),
@@ -334,8 +357,8 @@ def _from_transfer(
     return dict(student=taught.student, best=taught.best, data=data,
                 results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
                                             gradients=report["gradients"], drawn=report["drawn"]), report=report,
-                seconds=dict(transfer=report["seconds"], distill=taught.seconds), cpu=dict(transfer=report.get("cpu",
-                        0.0), distill=taught.cpu),
+                seconds=dict(transfer=report["seconds"], distill=taught.seconds),
+                cpu=dict(transfer=report.get("cpu", 0.0), distill=taught.cpu),
                 history=thinned(taught.history))
 
 
@@ -392,12 +415,9 @@ def _from_duel(
                          f"and there are {ranks.world}; "
                          "start the command without torchrun")
     method, share, drawn = split_source(run.source)
-    teacher = _normalising(run, target, teacher, device)
-    source = drawn and make_source(drawn, target.shape, root, teacher=teacher, n=run.n, seed=run.seed, show=show)
+    teacher, source, student = _begun(run, target, teacher, root, device, show)
     beside = source and _transfer_set(replace(run, source=drawn), source, teacher,
                                       out and out / "transfer.safetensors", show, ranks)
-    student = make_model(run.student, target.shape, len(target.classes), run.seed)
-    if run.init == "teacher": inherit(student, teacher.module)
     fields = ("updates", "batch_size", "lr", "temperature", "loss", "views", "seed", "bfloat16")
     taught = adversarial(teacher, student, method, **{f: getattr(run, f) for f in fields}, beside=beside,
                          share=share, device=device,

@@ -172,6 +172,10 @@ class _Asked:
         self.plain = self.plain + torch.bincount(said[plain], minlength=k)
         self.aimed, self.hit = self.aimed + int((goal >= 0).sum()), self.hit + int((goal == said).sum())
 
+    def judged(self) -> tuple[int, int]:
+        "Answers that were foretold, and how many of them rightly."
+        return sum(map(len, self.said)), sum(int((f == s).sum()) for f, s in zip(self.foretold, self.said))
+
 # %% ../../nbs/transfer/08_active.ipynb #active-draw
 FIRST, ROUNDS = 0.1, 20  # share asked as drawn at first; later rounds, at the least
 CANDIDATES = 8  # images drawn a question
@@ -213,6 +217,13 @@ def _wide(
     return float(CANDIDATES) if source.size is None else max(1.0, min(CANDIDATES, (source.size - drawn) / left))
 
 
+def _all_of(
+    n: int,  # candidates
+) -> tuple[Tensor, Tensor]:  # their rows, and the class that each is aimed at
+    "All of them, aimed at nothing."
+    return torch.arange(n), torch.full((n,), -1)
+
+
 def ask_actively(
     work: _Work,  # gets what was taken, seen, drawn and foretold
     room: Tensor,  # [K] places per class
@@ -231,10 +242,8 @@ def ask_actively(
         if not len(images): break
         features, drawn = guess.features(images), drawn + len(images)
         scores = None if guess.weights is None else guess(features)
-        rows, goal = torch.arange(len(images)), torch.full((len(images),), -1)
-        if listen:
-            aim = told.aims(b, room, wanted) if balanced else torch.zeros_like(room)
-            rows, goal = choose(scores, aim, b, round(PLAIN * b))
+        aim = told.aims(b, room, wanted) if balanced and listen else torch.zeros_like(room)
+        rows, goal = choose(scores, aim, b, round(PLAIN * b)) if listen else _all_of(len(images))
         at, answers, spent = answered(images[rows], work.teacher)
         plain = at < (round(PLAIN * b) if listen else b)
         rows, goal, now = rows[at], goal[at], answers.argmax(1)
@@ -246,8 +255,7 @@ def ask_actively(
         bar.update(len(rows))
         if spent or len(work.kept) >= work.n: break
     bar.close()
-    right = sum(int((f == s).sum()) for f, s in zip(told.foretold, told.said))
-    work.seen, work.drawn, work.foretold = told.counts, drawn, (sum(map(len, told.said)), right)
+    work.seen, work.drawn, work.foretold = told.counts, drawn, told.judged()
 
 
 @STRATEGIES.add(as_drawn=True, chooses=ask_actively)
