@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/studies/06_effects.ipynb #effects-imports-core
-from .grids import NEAR
+from .grids import RESEMBLES
 
 # %% ../../nbs/studies/06_effects.ipynb #effects-gains
 # what a run and its control have in common
@@ -24,7 +24,7 @@ def roles(
     frame: pd.DataFrame,  # with the columns target and source
 ) -> pd.Series:  # of text
     "The sources, with `near` for the natural set that resembles the target."
-    return frame.source.where(frame.source != frame.target.map(NEAR), "near")
+    return frame.source.where(frame.source != frame.target.map(RESEMBLES), "near")
 
 
 def gains(

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
-           'NEAR', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS', 'ASKED_WAYS',
-           'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'RACING',
-           'DRAWN_THERE', 'PIXELS', 'TRIED', 'AS_PUBLISHED', 'MINUTES', 'RACERS', 'PACE', 'PROBED', 'ALIKE', 'grid',
-           'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
-           'mosaic_confound', 'verdict', 'verdict_queries', 'verdict_steps', 'verdict_relabelled', 'headline_controls',
-           'reference', 'development', 'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'cifar10_small',
-           'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check',
-           'race_trials', 'race_run', 'race_plan', 'race', 'race_combinations', 'select', 'step_flops', 'probe',
-           'estimate']
+           'NEAR', 'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
+           'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN',
+           'REFERENCES', 'RACING', 'DRAWN_THERE', 'PIXELS', 'TRIED', 'AS_PUBLISHED', 'MINUTES', 'RACERS', 'PACE',
+           'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited',
+           'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries', 'verdict_steps',
+           'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs', 'black_box',
+           'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run', 'race_plan',
+           'race', 'race_combinations', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -108,6 +108,7 @@ def inherited() -> list[Run]:
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-balance
 NEAR = dict(mnist="fmnist", fmnist="mnist")  # target -> natural images that resemble it
+RESEMBLES = NEAR | {t: "mnist" for t in HALVES}  # the same with the targets to develop on
 STUDY = dict(n=20_000, updates=745)  # five passes over what is not held out, in batches of 128
 
 
@@ -143,12 +144,13 @@ ALL_WAYS = (*COUNTED, dict(balance="quota", limit=1_000_000), dict(balance="rewe
 def _verdict(
     sources: tuple[str, ...],  # "near" stands for the natural set that resembles the target
     ways: tuple[dict, ...],  # what differs between the cells of a source
+    targets: tuple[str, ...] = tuple(NEAR),
     **common,  # fields of all runs, over those of `CONVERGED`
 ) -> list[Run]:
     "Runs at convergence, the first teacher's first."
     fixed = CONVERGED | dict(views="none", empty="keep") | common
-    return [Run(target=t, source=NEAR[t] if s == "near" else s, seed=seed, teacher_seed=seed, **fixed | way)
-            for seed in TEACHERS for way in ways for t in NEAR for s in sources]
+    return [Run(target=t, source=RESEMBLES[t] if s == "near" else s, seed=seed, teacher_seed=seed, **fixed | way)
+            for seed in TEACHERS for way in ways for t in targets for s in sources]
 
 
 @grid
@@ -157,6 +159,13 @@ def verdict() -> list[Run]:
     by quota however many draws it takes, reweighted; plain noise as drawn and filled."""
     sources = ("pyramid", "strokes", "near", "cifar10")
     return _verdict(sources, COUNTED) + _verdict(("gaussian",), COUNTED[::2]) + _verdict(sources, ALL_WAYS[3:])
+
+
+@grid
+def verdict_wider() -> list[Run]:
+    """The halved KMNIST and notMNIST, cached scores, 7,450 steps, four teachers: four sources as drawn, repeated,
+    filled; for an interval over more targets."""
+    return _verdict(("pyramid", "strokes", "near", "cifar10"), COUNTED, targets=tuple(HALVES))
 
 
 @grid
@@ -274,6 +283,15 @@ def one_factor() -> list[Run]:
     cells = [{}, *({name: value} for name, values in changes.items() for value in values)]
     return [Run(target=t, source=MIXTURE, smooth=0, n=20_000, updates=894, seed=seed, **cell)
             for seed in range(3) for t in NEAR for cell in cells]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-rates
+@grid
+def rates() -> list[Run]:
+    "The digits: four students, from narrow to wide, at four learning rates; cached scores, no views, 210 steps."
+    cells = [dict(student=s, lr=lr) for s in ("lenet5_half", "lenet5", "wrn16_1", "alexnet_half")
+             for lr in (1e-2, 5e-3, 2.5e-3, 1.25e-3)]
+    return [Run(target="digits", source=MIXTURE, balance="none", n=2_000, updates=200, batch_size=64, views="none",
+                relabel=False, empty="keep", seed=seed, **cell) for seed in range(3) for cell in cells]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-cifar
 PAIRS = dict(  # target -> teacher and student networks
