@@ -15,7 +15,7 @@ from kd_arbitrary.studies.grids import cifar100_full, smoke
 from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
 from kd_arbitrary.studies.runs import Run, execute, now, passes, steps
 from kd_arbitrary.teachers.recipes import RECIPES
-from kd_arbitrary.transfer.balance import quotas
+from kd_arbitrary.transfer.quotas import quotas
 from processes import CONTEXT, Job
 
 QUICK = dict(n=300, epochs=1, batch_size=64)
