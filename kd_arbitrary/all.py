@@ -11,7 +11,7 @@ __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generat
            'Teacher', 'load_model', 'save_model', 'train_teacher', 'TransferSet', 'diagnose', 'histogram_entropy',
            'label', 'export_student', 'load_student', 'make_student', 'cluster_bootstrap', 'gains', 'mixed_effect',
            'saved', 'Job', 'execute_job', 'load_teacher', 'RIVALS', 'rival', 'data_impressions', 'invert',
-           'behind_ledger', 'serve', 'budget_curves', 'Diagnosis', 'write_report']
+           'behind_ledger', 'serve', 'budget_curves', 'Diagnosis', 'write_report', 'prospects']
 
 # %% ../nbs/02_all.ipynb #all-imports
 from .core import adapt, data_root, generator
@@ -23,7 +23,7 @@ from .students.evaluate import evaluate
 from .students.export import export_student, load_student, make_student
 from .studies.effects import cluster_bootstrap, gains, mixed_effect, saved
 from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, gallery,
-                                          learning_curves, sheet, summary)
+                                          learning_curves, prospects, sheet, summary)
 from .studies.grids import GRIDS
 from .studies.own import Job, execute_job
 from .studies.records import read_records, run_grid
@@ -57,4 +57,4 @@ _all_ = ["STRATEGIES", "FillReport", "balance", "adapt", "data_root", "generator
          "export_student", "load_student", "make_student", "cluster_bootstrap", "gains", "mixed_effect", "saved", "Job",
          "execute_job", "load_teacher",
          "RIVALS", "rival", "data_impressions", "invert", "behind_ledger", "serve", "budget_curves", "Diagnosis",
-         "write_report"]
+         "write_report", "prospects"]

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'JOB', 'SHOWN', 'FEW', 'SCARCE', 'LABELS', 'distill_app', 'PICTURES', 'Device', 'Quiet', 'Debug', 'Version',
-           'NAMES', 'Plugin', 'Root', 'experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'diagnose_app',
-           'report_app', 'exit_with', 'settings', 'scarce', 'comparison', 'default_out', 'compare', 'table', 'listing',
-           'is_own', 'source_of', 'job_table', 'len_of', 'distil_own', 'kd_distill', 'workers', 'list_grids',
-           'run_experiment', 'show_status', 'show_table', 'grid_table', 'kd_diagnose', 'kd_report', 'report_main',
-           'distill_main', 'diagnose_main', 'experiment_main']
+           'NAMES', 'Plugin', 'Root', 'Images', 'Strict', 'DESCRIBED', 'experiment_app', 'Name', 'Only', 'Results',
+           'RESULTS', 'diagnose_app', 'report_app', 'exit_with', 'settings', 'scarce', 'comparison', 'default_out',
+           'compare', 'table', 'listing', 'is_own', 'source_of', 'job_table', 'len_of', 'distil_own', 'kd_distill',
+           'workers', 'list_grids', 'run_experiment', 'show_status', 'show_table', 'grid_table', 'kd_diagnose',
+           'kd_report', 'report_main', 'distill_main', 'diagnose_main', 'experiment_main']
 
 # %% ../nbs/01_cli.ipynb #cli-imports
 import errno
+import inspect
 import io
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -39,18 +41,17 @@ from .pictures.sources import make_source
 from .pictures.views import VIEWS
 from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
-from .studies.own import Job, execute_job
+from .studies.own import Job, execute_job, job_teacher
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
 from .students.ranks import ranks
 from .studies.report import find_runs, report_data, write_report
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
 from .studies.tables import SETTING, grid_frame, reached, reached_text, results_table
 from .teachers.networks import MODELS
-from .teachers.adapters import load_teacher
 from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
 from .transfer.balance import STRATEGIES
-from .transfer.diagnosis import diagnose
+from .transfer.diagnosis import Diagnosis, diagnose
 from .transfer.rivals import RIVALS
 from .transfer.sets import TransferSet
 
@@ -352,10 +353,43 @@ Root = Annotated[Path | None,
                  _unsaid("Data root: downloaded sets and trained teachers", "$KD_ARBITRARY_DATA, else ./data")]
 
 
-def _job_said(field: str):
+def _job_said(
+    field: str,  # of `Job`
+    *names: str,  # of the option, where they are not the field's
+):
     "The option of a setting of `Job`."
     told = next(f.metadata for f in fields(Job) if f.name == field)
-    return _unsaid(told["help"], told["unsaid"]) if "unsaid" in told else _option(told["help"] + ".")
+    text, more = told["help"], dict(show_default=False) if "unsaid" in told else {}
+    return typer.Option(*names, help=text + (f" [default: {told['unsaid']}]." if more else "."), **more)
+
+
+Images = Annotated[Path | None, _unsaid(PICTURES, "none")]
+Strict = Annotated[bool, typer.Option("--strict",
+                                      help="Refuse a picture that cannot be used, instead of leaving it out.")]
+# settings of `Job` that describe a teacher of one's own, whatever is done with it
+DESCRIBED = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "allow_pickle", "budget",
+             "recheck")
+
+
+def _spelt(
+    command: Callable,  # takes `described`
+) -> Callable:
+    "The command with an option for each of `DESCRIBED`; it receives what was said as one dictionary."
+    def option(known):
+        plain = known.type in (bool, int | None, float | None, str | None)
+        names = ["--" + known.name.replace("_", "-")] if known.type is bool else []
+        default = known.default if plain or known.default is None else ",".join(f"{v:g}" for v in known.default)
+        return inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=default,
+                                 annotation=Annotated[known.type if plain else str | None,
+                                                      _job_said(known.name, *names)])
+    own = list(inspect.signature(command).parameters.values())
+    at = next(i for i, p in enumerate(own) if p.name == "described")
+    own[at:at + 1] = [option(f) for f in fields(Job) if f.name in DESCRIBED]
+    @wraps(command)
+    def call(**said): return command(described={k: said.pop(k) for k in DESCRIBED}, **said)
+    call.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own])
+    call.__annotations__ = {p.name: p.annotation for p in own}
+    return call
 
 
 def _numbers(text: str | None, kind: type, what: str) -> tuple | None:
@@ -363,7 +397,8 @@ def _numbers(text: str | None, kind: type, what: str) -> tuple | None:
     if text is None: return None
     try: return tuple(kind(t) for t in text.split(","))
     except ValueError:
-        raise ValueError(f"{what} must be numbers with commas between them, got {text!r}; e.g. 3,32,32") from None
+        raise ValueError(f"{what} must be numbers with commas between them, got {text!r}; "
+                         f"e.g. {'3,32,32' if kind is int else '0.5,0.5,0.5'}") from None
 
 
 def _names(text: str | None) -> tuple[str, ...] | int | None:
@@ -374,6 +409,22 @@ def _names(text: str | None) -> tuple[str, ...] | int | None:
         except ValueError as e: raise ValueError(f"--classes is no JSON list of names: {e}") from None
     if Path(text).is_file(): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     return tuple(t.strip() for t in text.split(","))
+
+
+def _read(
+    described: dict,  # option -> what was said
+) -> dict:  # settings of `Job`
+    "What was said of a teacher, as it is meant."
+    kinds = dict(input_shape=int, mean=float, std=float, input_range=float)
+    return (described | dict(classes=_names(described["classes"]))
+            | {k: _numbers(described[k], kind, "--" + k.replace("_", "-")) for k, kind in kinds.items()})
+
+
+def _place(
+    teacher: str,  # as the user wrote it
+) -> Path:
+    "The folder of a job that names none."
+    return Path("kd_out") / re.sub(r"[^\w.+=-]+", "_", teacher).strip("_")[-80:]
 
 
 def is_own(
@@ -435,7 +486,6 @@ def distil_own(
     with ranks(options["device"]) as together:
         with _locked(out, together):
             record = execute_job(job, out, **options, ranks=together)
-            if together.first: write_report(out)
         if not together.first: return
     files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
     typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json
@@ -455,10 +505,10 @@ def _tell(
 
 
 @distill_app.command("kd_distill", cls=_Listing)
+@_spelt
 def kd_distill(
     target: Annotated[str | None, _unsaid("What the teacher knows: {target}", "digits")] = None,
-    images: Annotated[Path | None,
-                      _unsaid(PICTURES, "none")] = None,
+    images: Images = None,
     source: Annotated[str | None,
                       _unsaid("Where images come from: {drawn}; real pictures: {real}; "
                               "made by the teacher's gradients: {made}; made while the student learns: {loops}; "
@@ -496,21 +546,10 @@ def kd_distill(
     empty: Annotated[str | None, _job_said("empty")] = None,
     seed: Annotated[int, _said("seed")] = Run.seed,
     plugin: Plugin = None,
-    classes: Annotated[str | None, _job_said("classes")] = None,
-    input_shape: Annotated[str | None, _job_said("input_shape")] = None,
-    gives: Annotated[str | None, _job_said("gives")] = None,
-    mean: Annotated[str | None, _job_said("mean")] = None,
-    std: Annotated[str | None, _job_said("std")] = None,
-    input_range: Annotated[str, _option("What black and white are to your own teacher.")] = "0,1",
-    multi_label: Annotated[bool, typer.Option("--multi-label", help=_job_said("multi_label").help)] = False,
-    recheck: Annotated[float | None, _job_said("recheck")] = None,
+    described: dict | None = None,
     ledger: Annotated[Path | None, _unsaid("File with the answers of a black box; runs that share it pay once",
                                            "OUT/answers.sqlite")] = None,
-    budget: Annotated[int | None, _job_said("budget")] = None,
-    strict: Annotated[bool,
-                      typer.Option("--strict",
-                                   help="Refuse a picture that cannot be used, instead of leaving it out.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
+    strict: Strict = False,
     export: Annotated[str | None, _unsaid("Also write the student of your own teacher as: onnx, pt2", "no")] = None,
     test: Annotated[Path | None,
                     _unsaid("A folder with a sub-folder of pictures for each class, to judge that student by",
@@ -543,17 +582,12 @@ def kd_distill(
         source, device = source_of(images, source, strict), _device(device)
         if is_own(teacher) and target is None:
             if export is not None: pick(dict.fromkeys(("onnx", "pt2")), export, "kind of export")
-            job = Job(**said, **shared, teacher=teacher, source=source, balance=balance, views=views, student=student,
-                      classes=_names(classes),
-                      input_shape=_numbers(input_shape, int, "--input-shape"), gives=gives,
-                      mean=_numbers(mean, float, "--mean"), std=_numbers(std, float, "--std"),
-                      input_range=_numbers(input_range, float, "--input-range"), multi_label=multi_label,
-                      allow_pickle=allow_pickle, budget=budget, recheck=recheck, empty=empty)
+            job = Job(**said, **shared, **_read(described), teacher=teacher, source=source, balance=balance,
+                      views=views, student=student, empty=empty)
     if is_own(teacher) and target is None:
         if threads: torch.set_num_threads(threads)
-        name = re.sub(r"[^\w.+=-]+", "_", teacher).strip("_")[-80:]
         with exit_with(1, debug):
-            distil_own(job, out or Path("kd_out") / name, as_json, root=root, device=device, export=export, test=test,
+            distil_own(job, out or _place(teacher), as_json, root=root, device=device, export=export, test=test,
                        ledger=ledger, show=not quiet)
         return
     with exit_with(2, debug):
@@ -562,7 +596,7 @@ def kd_distill(
         run = Run(**settings(target, source) | said, **shared, target=target, source=source,
                   balance=balance or Run.balance, views=views or Run.views,
                   teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init,
-                  gives=gives or Run.gives, empty=empty or Run.empty)
+                  gives=described["gives"] or Run.gives, empty=empty or Run.empty)
         few = few if few is not None else FEW.get(target, 0) if n is None else 0
         runs, out = comparison(run, few), out or default_out(run)
         torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
@@ -765,43 +799,68 @@ diagnose_app = _app()
 
 
 @diagnose_app.command("kd_diagnose", cls=_Listing)
+@_spelt
 def kd_diagnose(
     teacher: Annotated[str, _option("As for kd_distill: a file, torchvision:NAME, timm:NAME, hf:NAME, "
                                     "file.py:function, http://...; "
                                     "or a target, whose published or trained teacher is meant.")],
-    images: Annotated[Path | None,
-                      _unsaid(PICTURES, "none")] = None,
+    images: Images = None,
     source: Annotated[str | None,
                       _unsaid("Where images would come from: {drawn}; real pictures: {real}; "
                               "made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
     n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
     sample: Annotated[int, _option("Images to look at.")] = 2_000,
-    classes: Annotated[str | None, _job_said("classes")] = None,
-    input_shape: Annotated[str | None, _job_said("input_shape")] = None,
-    gives: Annotated[str | None, _job_said("gives")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help=_job_said("allow_pickle").help)] = False,
-    seed: Annotated[int, _option("Of the look.")] = 0,
+    described: dict | None = None,
+    ledger: Annotated[Path | None, _unsaid("File with the answers of a black box, to pay for none twice",
+                                           "kd_out/TEACHER/answers.sqlite for a service or with a budget, "
+                                           "else none")] = None,
+    strict: Strict = False,
+    seed: Annotated[int, _option("Of the images.")] = 0,
     results: Annotated[Path, _option("Folder with folders of records, to say what such sets reached.")] = RESULTS,
+    out: Annotated[Path | None, _unsaid("Also draw it, to a file that ends in .png, .svg or .pdf", "no")] = None,
     root: Root = None,
     plugin: Plugin = None,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
     version: Version = False,
 ):
-    """Look before you leap: what a teacher sees in a source, and what balance would cost. Nothing
-    is trained, nothing is written."""
+    """Look before you leap: what a teacher sees in a source, and what balance would cost.
+
+    Nothing is trained. The images are the first of those that kd_distill would draw with the same seed: what a black
+    box says of them is kept, where --ledger is, and not asked again.
+    """
     with exit_with(2, debug):
-        source, shape, names = source_of(images, source, False), _numbers(input_shape, int,
-                                                                          "--input-shape"), _names(classes)
+        if out: pick(dict.fromkeys((".png", ".svg", ".pdf")), out.suffix.lower(), "kind of figure")
+        job = Job(teacher=teacher, source=source_of(images, source, strict) or MIXTURE, n=n, seed=seed,
+                  **_read(described))
+        device = _device(device)
     with exit_with(1, debug, goes_on=False):
-        torch.set_num_threads(1)
-        if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, show=False)
-        else: who = load_teacher(teacher, classes=names, input_shape=shape, gives=gives, allow_pickle=allow_pickle)
-        found = diagnose(make_source(source or MIXTURE, who.input_shape, root, teacher=who, n=sample, seed=seed), who,
-                         n, sample, seed)
+        if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, device=device, show=False)
+        else: who = job_teacher(job, ledger or _kept(job), device)
+        source = make_source(job.source, who.input_shape, root, teacher=who, n=sample, seed=seed)
+        found = diagnose(source, who, n, sample, seed)
         alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
-        if as_json: typer.echo(json.dumps(asdict(found) | dict(reached=alike)))
-        else: typer.echo(f"{found}\n{reached_text(alike)}")
+        if out: write_atomic(out, _drawn(found, out.suffix))
+        typer.echo(json.dumps(found.to_dict() | dict(reached=alike)) if as_json else f"{found}\n{reached_text(alike)}")
+
+
+def _kept(
+    job: Job,
+) -> Path | None:
+    "Where the answers of a look are kept, if they have a price."
+    return _place(job.teacher) / "answers.sqlite" if job.budget or job.teacher.startswith("http") else None
+
+
+def _drawn(
+    found: Diagnosis,
+    suffix: str,  # .png, .svg, .pdf
+) -> bytes:
+    "The figure of a diagnosis."
+    from kd_arbitrary.studies.figures import prospects
+    buffer = io.BytesIO()
+    prospects(found).savefig(buffer, format=suffix[1:], dpi=150)
+    return buffer.getvalue()
 
 
 def _whole(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FIGURES', 'INK', 'LINE', 'GROUND', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'PURPLE', 'SKY', 'PALETTE', 'COLOURS', 'STYLE',
            'DPI', 'FATES', 'BUDGETS', 'COSTS', 'PREDICTORS', 'figure', 'plain_log', 'colours_of', 'sheet', 'gallery',
-           'class_histogram', 'fill_bars', 'summary', 'learning_curves', 'accuracy_bars', 'budget_curves',
+           'class_histogram', 'fill_bars', 'summary', 'prospects', 'learning_curves', 'accuracy_bars', 'budget_curves',
            'cost_scatter', 'predictor_scatter']
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-imports
+import textwrap
 from collections.abc import Iterable
 
 import matplotlib as mpl
@@ -29,6 +30,7 @@ from .runs import GIVEN
 from .tables import KINDS, SETTING, only_seeds, spearman, usable
 from ..teachers.teacher import Teacher
 from ..transfer.balance import FillReport
+from ..transfer.diagnosis import Diagnosis
 from ..transfer.sets import TransferSet, histogram_entropy
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-registry
@@ -334,6 +336,46 @@ def _summary_bars(
     ax.tick_params(labelsize=7, length=2.5, color=LINE, labelcolor=INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0), ncols=2, borderaxespad=0.3, handlelength=1.2)
+
+# %% ../../nbs/studies/05_figures.ipynb #plot-prospects
+def _shares(
+    ax: Axes,
+    found: Diagnosis,
+) -> None:
+    "What was seen of each class, and how sure that is."
+    told, at = found.table(), np.arange(len(found.classes))
+    seen = told.seen.to_numpy() / found.sample
+    around = np.abs(told[["share from", "share to"]].to_numpy().T - seen)
+    ax.bar(at, seen, width=0.8, color=BLUE)
+    ax.errorbar(at, seen, around, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2 if len(at) <= 20 else 0)
+    ax.axhline(1 / len(at), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    never = f", {len(found.never)} never seen" if found.never else ""
+    ax.set(title=f"{found.sample:,} images of {textwrap.shorten(found.source, 40)}\nentropy {found.entropy:.2f}{never}",
+           ylabel="share of the images")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    _class_axis(ax, found.classes)
+
+
+@FIGURES.add
+@mpl.rc_context(STYLE)
+def prospects(
+    found: Diagnosis,  # of a source
+) -> Figure:
+    "The classes that a teacher sees in a source, what each way to balance would ask, and the advice."
+    longest = max(map(len, found.classes)) if len(found.classes) <= 20 else 0
+    fig, (left, right) = figure(7.2, 2.9 + 0.06 * min(longest, 14) * (longest > 2), 1, 2, width_ratios=(3, 2))
+    _shares(left, found)
+    ways = list(found.queries)
+    bars = right.barh(ways, [found.queries[way] for way in ways], color=[colours_of(ways)[way] for way in ways])
+    right.bar_label(bars, [f"{found.queries[way]:,.0f}, {found.seconds[way]:,.0f} s" for way in ways], padding=2,
+                    fontsize=7)
+    right.invert_yaxis()
+    right.set(title=f"{found.n:,} images", xlabel="questions", xlim=(0, 1.5 * max(found.queries.values())))
+    right.xaxis.set_major_locator(MaxNLocator(3))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    right.grid(False)
+    fig.supxlabel(textwrap.fill(found.advice, 110), fontsize=8, color=INK)
+    return fig
 
 # %% ../../nbs/studies/05_figures.ipynb #plot-curves
 @FIGURES.add

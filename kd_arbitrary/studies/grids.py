@@ -10,9 +10,9 @@ __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 
            'PROBED', 'ALIKE', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited',
            'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries', 'verdict_steps',
            'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs', 'black_box',
-           'imbalance', 'sizes', 'one_factor', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10',
-           'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run', 'race_plan', 'race',
-           'race_combinations', 'select', 'step_flops', 'probe', 'estimate']
+           'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'photos_cifar10', 'photos_wrn', 'photos_views', 'rivals_check', 'race_trials', 'race_run', 'race_plan',
+           'race', 'race_combinations', 'select', 'step_flops', 'probe', 'estimate']
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -283,6 +283,15 @@ def one_factor() -> list[Run]:
     cells = [{}, *({name: value} for name, values in changes.items() for value in values)]
     return [Run(target=t, source=MIXTURE, smooth=0, n=20_000, updates=894, seed=seed, **cell)
             for seed in range(3) for t in NEAR for cell in cells]
+
+# %% ../../nbs/studies/03_grids.ipynb #grids-rates
+@grid
+def rates() -> list[Run]:
+    "The digits: four students, from narrow to wide, at four learning rates; cached scores, no views, 210 steps."
+    cells = [dict(student=s, lr=lr) for s in ("lenet5_half", "lenet5", "wrn16_1", "alexnet_half")
+             for lr in (1e-2, 5e-3, 2.5e-3, 1.25e-3)]
+    return [Run(target="digits", source=MIXTURE, balance="none", n=2_000, updates=200, batch_size=64, views="none",
+                relabel=False, empty="keep", seed=seed, **cell) for seed in range(3) for cell in cells]
 
 # %% ../../nbs/studies/03_grids.ipynb #grids-cifar
 PAIRS = dict(  # target -> teacher and student networks

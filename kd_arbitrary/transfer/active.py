@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILTERS', 'GRID', 'RIDGE', 'PLAIN', 'LATEST', 'SURE', 'FIRST', 'ROUNDS', 'CANDIDATES', 'MOST', 'Guess', 'goals',
-           'choose', 'better_than_chance', 'ask_actively', 'active', 'active_repeat', 'uncertain']
+           'choose', 'better_than_chance', 'ask_actively', 'weigh', 'active', 'active_repeat', 'uncertain']
 
 # %% ../../nbs/transfer/08_active.ipynb #active-imports
 import math
@@ -250,17 +250,27 @@ def ask_actively(
     work.seen, work.drawn, work.foretold = told.counts, drawn, (sum(map(len, told.said)), right)
 
 
-@STRATEGIES.add(as_drawn=True, chooses=ask_actively)
+def weigh(
+    images: Tensor,  # [n, C, H, W] candidates
+) -> None:
+    "The work that choosing takes, for those who want to know how long it lasts."
+    Guess(tuple(images.shape[1:]), 2).features(images)
+
+
+_WORK = dict(candidates=CANDIDATES, weighs=weigh)
+
+
+@STRATEGIES.add(as_drawn=True, chooses=ask_actively, **_WORK)
 def active(work: _Work) -> None:
     "Keep every answer, and ask about images of classes that are probably short."
 
 
-@STRATEGIES.add(chooses=ask_actively)
+@STRATEGIES.add(chooses=ask_actively, **_WORK)
 def active_repeat(work: _Work) -> None:
     "As active, keeping images while their class has room; then repeat images of short classes."
     repeat(work)
 
 
-@STRATEGIES.add(as_drawn=True, chooses=partial(ask_actively, balanced=False))
+@STRATEGIES.add(as_drawn=True, chooses=partial(ask_actively, balanced=False), **_WORK)
 def uncertain(work: _Work) -> None:
     "Keep every answer, and ask about images whose class is least sure."

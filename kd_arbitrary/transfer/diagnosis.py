@@ -7,16 +7,19 @@ __all__ = ['Z', 'EVEN', 'FEW', 'STEPS_A_NUDGE', 'share_interval', 'draws_needed'
 
 # %% ../../nbs/transfer/04_diagnosis.ipynb #diag-imports
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
 
 # %% ../../nbs/transfer/04_diagnosis.ipynb #diag-imports-core
-from ..core import generator
+from ..core import html_bars, html_facts, html_panels
 from ..pictures.sources import Source
 from ..teachers.teacher import Teacher
-from .sets import TransferSet, histogram_entropy, label
+from .balance import DRAWN, STRATEGIES, answered
+from .push import STEPS
+from .sets import TransferSet, histogram_entropy, make_set
 from .sets import diagnose as _diagnose_set
 
 # %% ../../nbs/transfer/04_diagnosis.ipynb #diag-share
@@ -47,7 +50,6 @@ def draws_needed(
 # %% ../../nbs/transfer/04_diagnosis.ipynb #diag-diag
 # relative entropy from which classes are nearly even; draws an image up to which counting is cheap
 EVEN, FEW = 0.97, 4.0
-STEPS_A_NUDGE = 7  # gradient steps of a nudged image, as the records of `fill` have them on average
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Diagnosis:
     effective_rank: float  # of the scores
     draws: tuple[float, float, float]  # that quota would need: expected, and its 95 % interval
     queries: dict  # way to balance -> images the teacher would be asked about
-    seconds: dict  # way to balance -> processor seconds, from the pace of this look
+    seconds: dict  # way to balance -> seconds of the processor, for a service of the clock, from the pace of this look
     advice: str  # one sentence
 
     @property
@@ -77,62 +79,148 @@ class Diagnosis:
         return pd.DataFrame(rows, index=pd.Index(self.classes, name="class"),
                             columns=["seen", "share from", "share to"])
 
-    def __str__(self):
-        costs = "\n".join(f"  {way:<9} {self.queries[way]:>10,.0f} questions {self.seconds[way]:>8,.0f} s"
-                          for way in self.queries)
-        most = "more than can be told" if self.draws[2] == float("inf") else f"{self.draws[2]:,.0f}"
-        never = (f"never seen: {', '.join(self.never[:10])}{' ...' if len(self.never) > 10 else ''}\n" if self.never
-                 else "")
-        return (f"{self.source}: {self.sample:,} images, {sum(c > 0 for c in self.counts)} of {len(self.classes)} "
-                "classes seen\n"
+    def to_dict(self) -> dict:  # plain JSON: a number of draws that cannot be told is None
+        told = lambda x: None if x == float("inf") else x
+        return asdict(self) | dict(draws=[told(x) for x in self.draws])
+
+    def sentences(self) -> list[str]:
+        "What is seen, and what even classes would take."
+        there, rare = len(self.classes) - len(self.never), ", ".join(self.never[:10])
+        often = lambda x: "more than can be told" if x == float("inf") else f"{x:,.0f}"
+        draws, low, high = map(often, self.draws)
+        never = [f"never seen: {rare}{' ...' if len(self.never) > 10 else ''}"] if self.never else []
+        return [f"{self.source}: {self.sample:,} images, {there} of {len(self.classes)} classes seen",
                 f"entropy {self.entropy:.2f} (1 is even), confidence {self.confidence:.0%}, "
-                f"effective rank {self.effective_rank:.1f}\n{never}"
-                f"a quota of {self.n:,} images would need {self.draws[0]:,.0f} draws (95 %: "
-                f"{self.draws[1]:,.0f} to {most})\n{costs}\n{self.advice}")
+                f"effective rank {self.effective_rank:.1f}", *never,
+                f"draws for {self.n:,} images with even classes: {draws} (95 %: {low} to {high})"]
+
+    def __str__(self):
+        costs = [f"  {way:<13} {self.queries[way]:>10,.0f} questions {self.seconds[way]:>8,.0f} s"
+                 for way in self.queries]
+        return "\n".join([*self.sentences(), *costs, self.advice])
 
     def _repr_html_(self):
-        top = max(self.counts)
-        rows = "".join(f"<tr><td>{name}</td><td>{seen:,}</td><td><div "
-                       f"style='background:#4477aa;height:.7em;width:{10 * seen / top:.2f}em'></div></td></tr>"
-                       for name, seen in zip(self.classes, self.counts))
-        text = str(self).replace("&", "&amp;").replace("<", "&lt;")
-        return f"<pre>{text}</pre><table>{rows}</table>"
+        first, *more = self.sentences()
+        facts = dict(source=self.source, advice=self.advice, seen=first.removeprefix(f"{self.source}: "),
+                     **{name: text for name, text in zip(("scores", "draws"), (more[0], more[-1]))})
+        costs = {way: f"{self.queries[way]:,.0f} questions, {self.seconds[way]:,.0f} s" for way in self.queries}
+        return html_facts(facts) + html_panels({"classes seen": html_bars(self.classes, dict(images=self.counts)),
+                                                "ways to balance": html_facts(costs)})
+
+# %% ../../nbs/transfer/04_diagnosis.ipynb #diag-look
+def _first(
+    source: Source,
+    sample: int,  # images
+    seed: int,  # of the draws
+) -> tuple[torch.Tensor, torch.Tensor]:  # images, origins
+    "The images that a set would begin with."
+    parts, there = [], 0
+    for images, origin in source.stream(seed, min(DRAWN, sample) if source.made() else DRAWN):
+        parts.append((images, origin))
+        there += len(images)
+        if there >= sample: break
+    images, origin = zip(*parts)
+    return torch.cat(images)[:sample], torch.cat(origin)[:sample]
 
 
+def _look(
+    source: Source,
+    teacher: Teacher,  # who is asked
+    sample: int,  # images
+    seed: int,  # of the draws
+) -> tuple[TransferSet, float, float]:  # what was seen, seconds to draw an image, seconds of a question
+    "Draw, ask, and take the time."
+    box = getattr(teacher, "box", None)
+    clock = time.perf_counter if box else time.process_time                   # a service takes its time elsewhere
+    start = clock()
+    images, origin = _first(source, sample, seed)
+    drawn, before = clock(), box.answered if box else 0
+    rows, scores, _ = answered(images, teacher)
+    if not len(rows): raise ValueError(f"no image of {source.text} was answered; is the budget spent?")
+    new = len(rows) - (box.answered - before if box else 0)                   # the others were known
+    seen = make_set(images[rows], scores, origin[rows], teacher, source=source.text)
+    return seen, (drawn - start) / len(images), (clock() - drawn) / (new or len(rows))
+
+# %% ../../nbs/transfer/04_diagnosis.ipynb #diag-cost
+STEPS_A_NUDGE = 7  # gradient steps of a nudged image, as the records of `fill` have them on average
+
+
+def _cost(
+    known: dict,  # facts of a strategy
+    n: int,  # images in the set
+    draws: float,  # that quota would need
+    short: float,  # images of short classes among n as drawn
+) -> tuple[float, float, float]:  # images drawn, questions, questions for gradients
+    "What a way to balance takes."
+    if not any(known.get(fact) for fact in ("as_drawn", "chooses", "nudges")): return (min(draws, FEW * n),) * 2 + (0.0,)
+    if not known.get("nudges"): return n * known.get("candidates", 1), n, 0.0
+    changed, steps = (n, STEPS) if known.get("lasting") else (short, STEPS_A_NUDGE)
+    return n, n + changed * (steps + 1), changed * steps
+
+
+def _pace(
+    work: Callable | None,  # of images
+    images: torch.Tensor,
+) -> float:  # seconds an image
+    "How long something takes."
+    if work is None: return 0.0
+    start = time.process_time()
+    work(images)
+    return (time.process_time() - start) / len(images)
+
+
+def _costs(
+    seen: TransferSet,  # of `_look`
+    drawing: float,  # seconds an image
+    asking: float,  # seconds a question
+    teacher: Teacher,
+    n: int,  # images in the set
+    each: float,  # questions about an image: more than one for an image that is made by questions
+) -> tuple[dict, dict]:  # way to balance -> questions, seconds
+    "What every way to balance takes that this teacher allows."
+    counts, queries, seconds, paces = seen.counts, {}, {}, {None: 0.0}
+    draws, short = draws_needed(counts, n)[0], float((n / len(counts) - n * counts / len(seen)).clamp_min(0).sum())
+    for way, known in STRATEGIES.facts.items():
+        if known.get("nudges") and not teacher.whitebox: continue
+        drawn, asked, steps = _cost(known | (dict(candidates=1) if each > 1 else {}), n, draws, short)
+        work = known.get("weighs")
+        if work not in paces: paces[work] = _pace(work, seen.images[:256])
+        queries[way] = asked + drawn * (each - 1)
+        seconds[way] = drawn * (drawing + paces[work]) + (asked + steps) * asking
+    return queries, seconds
+
+# %% ../../nbs/transfer/04_diagnosis.ipynb #diag-diagnose
 def diagnose(
     what: Source | TransferSet,  # where images would come from; or a finished set
     teacher: Teacher | None = None,  # who would be asked; not needed for a set
     n: int = 20_000,  # images in the set that is planned
     sample: int = 2_000,  # images to look at
-    seed: int = 0,  # of which
+    seed: int = 0,  # of the set
 ) -> Diagnosis | dict:  # a `dict` of numbers for a finished set
     "Look at a source with a teacher's eyes; of a finished set, the numbers that describe it."
     if isinstance(what, TransferSet): return _diagnose_set(what)
     if teacher is None: raise ValueError("to diagnose a source, give the teacher who would be asked")
-    start = time.process_time()
-    sample = min(sample, what.size) if what.size else sample
-    # makes generated images, if there are any
-    ts = label(what.draw(sample, generator(seed, "diagnose")), teacher, what.text)
-    pace, told = (time.process_time() - start) / sample, _diagnose_set(ts)
-    draws = draws_needed(ts.counts, n)
-    short = sum(max(0.0, n / len(ts.counts) - n * c / sample) for c in ts.counts.tolist())
-    counted = min(draws[0], FEW * n)
-    each = 1 + what.made().get("queries", 0) / sample  # a generated image is asked about while it is made, too
-    queries = (dict(none=n * each, quota=counted * each, repeat=counted * each)
-               | (dict(fill=n * each + short * (STEPS_A_NUDGE + 1)) if teacher.whitebox else {}))
-    seconds = {way: asked / each * pace * (2 if way == "fill" else 1) for way, asked in queries.items()}
-    return Diagnosis(what.text, teacher.classes, n, sample, tuple(ts.counts.tolist()), histogram_entropy(ts.counts),
-                     told["confidence"], told["effective_rank"],
-                     draws, queries, seconds, _advice(ts.counts, draws[0] / n, teacher))
+    if min(n, sample) < 1: raise ValueError(f"n and sample must be at least 1 image, got {n} and {sample}")
+    seen, *paces = _look(what, teacher, sample if what.size is None else min(sample, what.size), seed)
+    told, draws = _diagnose_set(seen), draws_needed(seen.counts, n)
+    each = 1 + what.made().get("queries", 0) / len(seen)  # a generated image is asked about while it is made, too
+    return Diagnosis(what.text, teacher.classes, n, len(seen), tuple(seen.counts.tolist()), told["entropy"],
+                     told["confidence"], told["effective_rank"], draws, *_costs(seen, *paces, teacher, n, each),
+                     _advice(seen.counts, draws[0] / n, teacher, n))
 
 
 def _advice(
     counts: torch.Tensor,  # [K] images seen
     draws: float,  # that quota needs, an image
     teacher: Teacher,
+    n: int,  # images in the set
 ) -> str:  # one sentence
-    "What the four rules say."
+    "What the five rules say."
     missing = int((counts == 0).sum())
+    left = teacher.box.ledger.left + int(counts.sum()) if hasattr(teacher, "box") else float("inf")
+    if left < n:
+        return (f"The budget allows {left:,.0f} images of {n:,}: take balance='uncertain', which asks about those whose "
+                "class is least sure.")
     if missing and teacher.whitebox:
         return (f"{missing} classes are never reached as drawn: take balance='fill', which nudges images there, "
                 "or add a source that reaches them.")
