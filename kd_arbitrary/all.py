@@ -25,7 +25,8 @@ from .studies.effects import cluster_bootstrap, gains, mixed_effect, saved
 from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, gallery,
                                           learning_curves, prospects, sheet, summary)
 from .studies.grids import GRIDS
-from .studies.own import Job, execute_job
+from .studies.jobs import execute_job
+from .studies.own import Job
 from .studies.records import read_records, run_grid
 from .studies.report import write_report
 from .studies.runs import Run, execute

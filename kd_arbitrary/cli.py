@@ -41,7 +41,8 @@ from .pictures.sources import make_source
 from .pictures.views import VIEWS
 from .students.losses import LOSSES
 from .studies.grids import GRIDS, MIXTURE, estimate, select, step_flops
-from .studies.own import Job, execute_job, job_teacher
+from .studies.jobs import execute_job
+from .studies.own import Job, job_teacher
 from .studies.records import find_record, grid_status, read_records, run_grid, write_record
 from .students.ranks import ranks
 from .studies.report import find_runs, report_data, write_report
@@ -532,7 +533,8 @@ def kd_distill(
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,
     temperature: Annotated[float, _said("temperature")] = Run.temperature,
     batch_size: Annotated[int | None, _sized("Images per step", "batch_size")] = None,
-    lr: Annotated[float | None, _sized("Peak learning rate", "lr")] = None,
+    lr: Annotated[float | None, _sized("Peak learning rate", "lr",
+                                               "; less for wide students of your own teacher")] = None,
     teacher: Annotated[str | None,
                        _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts, .pt2), torchvision:NAME, "
                                "timm:NAME, hf:NAME, file.py:function, http://...; "

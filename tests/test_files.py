@@ -11,7 +11,7 @@ from PIL import Image
 from kd_arbitrary.pictures import files
 from kd_arbitrary.pictures.files import read_pictures
 from kd_arbitrary.pictures.sources import make_source
-from kd_arbitrary.studies.own import evaluate_folder
+from kd_arbitrary.studies.jobs import evaluate_folder
 from kd_arbitrary.teachers.teacher import Teacher
 from kd_arbitrary.transfer.balance import balance
 

@@ -152,7 +152,8 @@ def _cost(
     short: float,  # images of short classes among n as drawn
 ) -> tuple[float, float, float]:  # images drawn, questions, questions for gradients
     "What a way to balance takes."
-    if not any(known.get(fact) for fact in ("as_drawn", "chooses", "nudges")): return (min(draws, FEW * n),) * 2 + (0.0,)
+    counted = min(draws, FEW * n)
+    if not any(known.get(fact) for fact in ("as_drawn", "chooses", "nudges")): return counted, counted, 0.0
     if not known.get("nudges"): return n * known.get("candidates", 1), n, 0.0
     changed, steps = (n, STEPS) if known.get("lasting") else (short, STEPS_A_NUDGE)
     return n, n + changed * (steps + 1), changed * steps
@@ -219,8 +220,8 @@ def _advice(
     missing = int((counts == 0).sum())
     left = teacher.box.ledger.left + int(counts.sum()) if hasattr(teacher, "box") else float("inf")
     if left < n:
-        return (f"The budget allows {left:,.0f} images of {n:,}: take balance='uncertain', which asks about those whose "
-                "class is least sure.")
+        return (f"The budget allows {left:,.0f} images of {n:,}: take balance='uncertain', which asks about those "
+                "whose class is least sure.")
     if missing and teacher.whitebox:
         return (f"{missing} classes are never reached as drawn: take balance='fill', which nudges images there, "
                 "or add a source that reaches them.")
