@@ -156,7 +156,8 @@ def at_equal(
         control = cell[cell.balance == against].sort_values(budget)
         if len(control) < 2: continue
         runs = cell[(cell.balance == way) & cell[budget].between(control[budget].min(), control[budget].max())]
-        expected = np.interp(np.log(runs[budget].astype(float)), np.log(control[budget].astype(float)), control.accuracy)
+        x, known = (np.log(part[budget].astype(float)) for part in (runs, control))
+        expected = np.interp(x, known, control.accuracy)
         rows.append(runs.assign(budget=runs[budget], gain=100 * (runs.accuracy - expected)))
     columns = ["target", "source", "teacher_seed", "n", "updates_aim", "budget", "gain"]
     out = pd.concat(rows)[columns] if rows else pd.DataFrame(columns=columns)
