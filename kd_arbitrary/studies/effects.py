@@ -143,7 +143,7 @@ def saved(
                                 "beyond"])
     return out.assign(role=roles(out))
 
-# %% ../../nbs/studies/06_effects.ipynb #effects-equal
+# %% ../../nbs/studies/07_effects.ipynb #effects-equal
 def at_equal(
     frame: pd.DataFrame,  # of `records_frame`: controls of several budgets beside the runs
     way: str,  # a value of the column balance
