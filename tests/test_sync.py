@@ -109,3 +109,11 @@ def test_functions_fit_in_one_look(module):
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     long = {f.name: n for f in functions if (n := code_lines(f, text)) > 25}
     assert long == {}, "a function has at most 25 lines of code: give its steps names"
+
+
+def test_import_is_light():
+    "What takes a second to import waits until it is used: help and lists are there at once."
+    code = ("import sys, kd_arbitrary.all, kd_arbitrary.cli\n"
+            "print(*{'torchvision', 'torch._dynamo', 'seaborn', 'scipy', 'sklearn', 'torchmetrics', 'distributed'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [], "import it in the function that uses it"
