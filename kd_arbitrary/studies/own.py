@@ -123,6 +123,8 @@ def job_teacher(
     device: str = "cpu",  # where networks run
 ) -> Teacher:
     "The teacher that the job names; a black box, or one with a budget, behind a ledger from its first question on."
+    if job.budget is not None and job.budget <= QUESTION:
+        raise ValueError(f"budget={job.budget} allows no image; the first question alone takes {QUESTION} (--budget)")
     fields = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "allow_pickle",
               "arch")
     behind = ledger and walled(ledger, job.budget, recheck=_recheck(job))

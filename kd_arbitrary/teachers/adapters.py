@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 # %% ../../nbs/teachers/06_adapters.ipynb #adapters-imports-core
 from ..core import Registry, generator, need
@@ -96,8 +97,7 @@ class Shares(nn.Module):
         self.logits = logits
 
     def forward(self, x: Tensor) -> Tensor:
-        chances = x.sigmoid() if self.logits else x
-        return chances / chances.sum(1, keepdim=True).clamp_min(1e-12)
+        return (logsigmoid(x) if self.logits else x.clamp_min(1e-12).log()).softmax(1)
 
 # %% ../../nbs/teachers/06_adapters.ipynb #adapters-own
 def _cut(
@@ -608,10 +608,13 @@ def _doubt(
     gives: str,  # what it seems to be
 ) -> str:  # a question; empty where there is none
     "Whether logits look like probabilities that are none."
-    if gives != "logits" or not ((answer >= 0) & (answer <= 1)).all(): return ""
-    odd = answer.sum(1)[(answer.sum(1) - 1).abs().argmax()]
-    return (f"all answers of the teacher lie between 0 and 1, and those for an image sum to {odd:.4g}: are they logits "
-            "(gives='logits', --gives logits), or independent labels (multi_label=True, --multi-label)?")
+    if gives != "logits": return ""
+    sums = answer.sum(1)
+    alike = ((sums - sums[0]).abs() < 1e-3 * sums[0]).all()                   # percentages, for instance
+    if not (answer >= 0).all() or not ((answer <= 1).all() or alike): return ""
+    return (f"no answer of the teacher is negative, and those for an image sum to {sums[(sums - 1).abs().argmax()]:.4g}, "
+            "not to 1: are they logits (gives='logits', --gives logits), or independent labels (multi_label=True, "
+            "--multi-label)?")
 
 
 def _check_kind(
