@@ -12,9 +12,10 @@ __all__ = ['JOBS', 'JOB', 'SHOWN', 'FEW', 'SCARCE', 'LABELS', 'distill_app', 'di
 import io
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,7 @@ from .studies.tables import reached, reached_text
 from .teachers.networks import MODELS
 from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
-from .transfer.diagnosis import Diagnosis, diagnose
+from .transfer.diagnosis import GENERATED, Diagnosis, diagnose
 from .transfer.sets import TransferSet
 
 # %% ../nbs/05_cli.ipynb #cli-rows
@@ -275,7 +276,7 @@ def distil_own(
     "Do a job and say what became of it."
     with ranks(options["device"]) as together:
         with _locked(out, together):
-            record = execute_job(job, out, **options, ranks=together)
+            with redirect_stdout(sys.stderr): record = execute_job(job, out, **options, ranks=together)
         if not together.first: return
     files = sorted(str(p) for p in out.rglob("*") if p.is_file() and p.name != ".lock")
     typer.echo(json.dumps(dict(out=str(out)) | record | dict(files=files)) if as_json
@@ -445,7 +446,8 @@ def kd_diagnose(
                       _unsaid("Where images would come from: {drawn}; real pictures: {real}; "
                               "made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
     n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
-    sample: Annotated[int, _option("Images to look at.")] = 2_000,
+    sample: Annotated[int | None, _unsaid("Images to look at", "2,000, fewer where they are large, a tenth of a "
+                                          "budget", min=1)] = None,
     described: dict | None = None,
     ledger: Annotated[Path | None, _unsaid("File with the answers of a black box, to pay for none twice",
                                            "kd_out/TEACHER/answers.sqlite for a service or with a budget, "
@@ -463,8 +465,8 @@ def kd_diagnose(
 ):
     """Look before you leap: what a teacher sees in a source, and what balance would cost.
 
-    Nothing is trained. The images are the first of those that kd_distill would draw with the same seed: what a black
-    box says of them is kept, where --ledger is, and not asked again.
+    Nothing is trained. A black box is asked about the images that kd_distill would begin with, and its answers are
+    kept where --ledger is, so that they are not paid for again.
     """
     with exit_with(2, debug):
         if out: pick(dict.fromkeys((".png", ".svg", ".pdf")), out.suffix.lower(), "kind of figure")
@@ -472,10 +474,11 @@ def kd_diagnose(
                   **_read(described))
         device = _device(device)
     with exit_with(1, debug, goes_on=False):
-        if teacher in TARGETS: who = train_teacher(load_target(teacher, root), root=root, device=device, show=False)
-        else: who = job_teacher(job, ledger or _kept(job), device)
-        source = make_source(job.source, who.input_shape, root, teacher=who, n=sample, seed=seed)
-        found = diagnose(source, who, n, sample, seed)
+        with redirect_stdout(sys.stderr):                                     # what models and libraries print
+            who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
+                   else job_teacher(job, ledger or _kept(job), device))
+        source = make_source(job.source, who.input_shape, root, teacher=who, n=sample or GENERATED, seed=seed)
+        with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
         if out: write_atomic(out, _drawn(found, out.suffix))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike)) if as_json else f"{found}\n{reached_text(alike)}")

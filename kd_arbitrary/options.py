@@ -191,8 +191,8 @@ def _job_said(
 
 
 # settings of `Job` that describe a teacher of one's own, whatever is done with it
-DESCRIBED = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "allow_pickle", "budget",
-             "recheck")
+DESCRIBED = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "arch", "allow_pickle",
+             "budget", "recheck")
 
 
 def _spelt(
@@ -202,8 +202,7 @@ def _spelt(
     def option(known):
         plain = known.type in (bool, int | None, float | None, str | None)
         names = ["--" + known.name.replace("_", "-")] if known.type is bool else []
-        default = known.default if plain or known.default is None else ",".join(f"{v:g}" for v in known.default)
-        return inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=default,
+        return inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=known.default,
                                  annotation=Annotated[known.type if plain else str | None,
                                                       _job_said(known.name, *names)])
     own = list(inspect.signature(command).parameters.values())
