@@ -612,7 +612,8 @@ def _doubt(
     sums = answer.sum(1)
     alike = ((sums - sums[0]).abs() < 1e-3 * sums[0]).all()                   # percentages, for instance
     if not (answer >= 0).all() or not ((answer <= 1).all() or alike): return ""
-    return (f"no answer of the teacher is negative, and those for an image sum to {sums[(sums - 1).abs().argmax()]:.4g}, "
+    return ("no answer of the teacher is negative, and those for an image sum to "
+            f"{sums[(sums - 1).abs().argmax()]:.4g}, "
             "not to 1: are they logits (gives='logits', --gives logits), or independent labels (multi_label=True, "
             "--multi-label)?")
 
