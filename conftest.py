@@ -1,7 +1,8 @@
 """Every notebook is a test, run under the rules of nbdev_test.
 
-    pytest nbs/pictures/01_noise.ipynb          # one notebook
-    pytest --nb-flags "slow cuda"      # also the cells that are skipped otherwise
+    pytest                                # everything, in as many processes as there are cores
+    pytest nbs/pictures/01_noise.ipynb    # one notebook, in this process
+    pytest --nb-flags "slow cuda"         # also the cells that are skipped otherwise
 """
 import contextlib, gc, io, os
 from pathlib import Path
@@ -9,11 +10,18 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # processes share the cores, not threads
 ROOT = Path(__file__).parent
 
 
 def pytest_addoption(parser):
     parser.addoption("--nb-flags", default="", help="run the notebook cells with these flags too, e.g. 'slow cuda'")
+
+
+def pytest_xdist_auto_num_workers(config):
+    "A single file begins at once, in this process; of more, each file goes to one process a core (`-n auto --dist loadfile`)."
+    asked = {arg.split("::")[0] for arg in config.args}
+    return 0 if len(asked) == 1 and all(Path(config.invocation_params.dir, name).is_file() for name in asked) else None
 
 
 def pytest_collect_file(file_path, parent):

@@ -17,7 +17,9 @@ __all__ = ['STRATEGIES', 'FillReport', 'balance', 'adapt', 'data_root', 'generat
 from .core import adapt, data_root, generator
 from .pictures.natural import load_natural
 from .pictures.sources import Source, make_source
-from .students.adversarial import ADVERSARIES, adversarial, imagine
+from .students.methods import ADVERSARIES
+from .students.adversarial import adversarial
+from .students.generators import imagine
 from .students.distill import Distilled, distill, recalibrate
 from .students.evaluate import evaluate
 from .students.export import export_student, load_student, make_student
@@ -37,7 +39,8 @@ from .teachers.networks import MODELS, count_flops, count_parameters, inherit, m
 from .teachers.recipes import load_model, save_model, train_teacher
 from .teachers.targets import TARGETS, Target, load_target
 from .teachers.teacher import Teacher
-from .transfer.balance import STRATEGIES, FillReport, balance
+from .transfer.balance import STRATEGIES, balance
+from .transfer.quotas import FillReport
 from .transfer.push import impress, push, survival
 from .transfer.inversion import invert
 from .transfer.rivals import RIVALS, rival

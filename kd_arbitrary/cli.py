@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import torch
@@ -577,36 +578,69 @@ def kd_distill(
     before). One student is taught with images of SOURCE as drawn, one with a balanced set of them, and one with the
     target's own images as the upper bound. The same command again continues an unfinished run.
     """
+    asked = SimpleNamespace(**locals())
     with exit_with(2, debug):
-        said = {k: v for k, v in dict(n=n, epochs=epochs, batch_size=batch_size, lr=lr).items() if v is not None}
-        shared = dict(relabel=relabel, cached_views=cached_views, loss=loss, temperature=temperature, bfloat16=bfloat16,
-                      limit=limit, seed=seed)
-        source, device = source_of(images, source, strict), _device(device)
-        if is_own(teacher) and target is None:
-            if export is not None: pick(dict.fromkeys(("onnx", "pt2")), export, "kind of export")
-            job = Job(**said, **shared, **_read(described), teacher=teacher, source=source, balance=balance,
-                      views=views, student=student, empty=empty)
-    if is_own(teacher) and target is None:
-        if threads: torch.set_num_threads(threads)
-        with exit_with(1, debug):
-            distil_own(job, out or _place(teacher), as_json, root=root, device=device, export=export, test=test,
-                       ledger=ledger, show=not quiet)
-        return
-    with exit_with(2, debug):
-        target = target or "digits"
-        source = source or SHOWN.get(target, MIXTURE)
-        run = Run(**settings(target, source) | said, **shared, target=target, source=source,
-                  balance=balance or Run.balance, views=views or Run.views,
-                  teacher=teacher, teacher_seed=teacher_seed, teacher_bn=teacher_bn, student=student, init=init,
-                  gives=described["gives"] or Run.gives, empty=empty or Run.empty)
-        few = few if few is not None else FEW.get(target, 0) if n is None else 0
-        runs, out = comparison(run, few), out or default_out(run)
-        torch.set_num_threads(threads or (1 if SIZES[target][1][0] == 1 else torch.get_num_threads()))
+        asked.source, asked.device = source_of(images, source, strict), _device(device)
+        job = _own_job(asked) if is_own(teacher) and target is None else None
+    if job: _from_own_teacher(asked, job)
+    else: _from_benchmark(asked)
+
+
+def _lesson(
+    asked: SimpleNamespace,  # the command line of `kd_distill`
+) -> dict:  # fields of `Run` and `Job`
+    "How the student is taught: what was said, without the numbers that were not."
+    said = {k: getattr(asked, k) for k in ("n", "epochs", "batch_size", "lr") if getattr(asked, k) is not None}
+    always = ("relabel", "cached_views", "loss", "temperature", "bfloat16", "limit", "seed")
+    return said | {k: getattr(asked, k) for k in always}
+
+
+def _own_job(
+    asked: SimpleNamespace,  # the command line of `kd_distill`
+) -> Job:
+    "The job of a teacher of the user's own."
+    if asked.export is not None: pick(dict.fromkeys(("onnx", "pt2")), asked.export, "kind of export")
+    as_said = ("teacher", "source", "balance", "views", "student", "empty")
+    return Job(**_lesson(asked), **_read(asked.described), **{k: getattr(asked, k) for k in as_said})
+
+
+def _from_own_teacher(
+    asked: SimpleNamespace,  # the command line of `kd_distill`
+    job: Job,  # what it amounts to
+) -> None:
+    "One student of the user's own teacher."
+    if asked.threads: torch.set_num_threads(asked.threads)
+    with exit_with(1, asked.debug):
+        distil_own(job, asked.out or _place(job.teacher), asked.as_json, root=asked.root, device=asked.device,
+                   export=asked.export, test=asked.test, ledger=asked.ledger, show=not asked.quiet)
+
+
+def _benchmark_run(
+    asked: SimpleNamespace,  # the command line of `kd_distill`
+) -> Run:
+    "The run of a benchmark's teacher, with what is meant where nothing is said."
+    target = asked.target or "digits"
+    source = asked.source or SHOWN.get(target, MIXTURE)
+    as_said = ("teacher", "teacher_seed", "teacher_bn", "student", "init")
+    usual = {k: getattr(asked, k) or getattr(Run, k) for k in ("balance", "views", "empty")}
+    return Run(**settings(target, source) | _lesson(asked), **usual, **{k: getattr(asked, k) for k in as_said},
+               target=target, source=source, gives=asked.described["gives"] or Run.gives)
+
+
+def _from_benchmark(
+    asked: SimpleNamespace,  # the command line of `kd_distill`
+) -> None:
+    "Students of one teacher, side by side."
+    with exit_with(2, asked.debug):
+        run = _benchmark_run(asked)
+        few = asked.few if asked.few is not None else FEW.get(run.target, 0) if asked.n is None else 0
+        runs, out = comparison(run, few), asked.out or default_out(run)
+        torch.set_num_threads(asked.threads or (1 if SIZES[run.target][1][0] == 1 else torch.get_num_threads()))
         if (out / "run.json").exists(): claim(out, asdict(run))
-    with exit_with(1, debug), ranks(device) as together:
+    with exit_with(1, asked.debug), ranks(asked.device) as together:
         if together.first: claim(out, asdict(run))
-        records = compare(runs, out, root, device, not quiet, together)
-        if together.first: _tell(records, out, as_json)
+        records = compare(runs, out, asked.root, asked.device, not asked.quiet, together)
+        if together.first: _tell(records, out, asked.as_json)
 
 # %% ../nbs/01_cli.ipynb #cli-grid
 @contextmanager

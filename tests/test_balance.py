@@ -6,7 +6,8 @@ from torch import nn
 
 from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.teachers.teacher import Teacher
-from kd_arbitrary.transfer.balance import STRATEGIES, FillReport, balance, quotas
+from kd_arbitrary.transfer.balance import STRATEGIES, balance
+from kd_arbitrary.transfer.quotas import FillReport, quotas
 from kd_arbitrary.transfer.sets import count_distinct
 
 pytestmark = pytest.mark.filterwarnings("ignore:class .* got no image")      # asked for by empty="keep"

@@ -1,5 +1,5 @@
 """Black boxes as they are in life: a server that fails in ten ways, kills, budgets that end."""
-import io, json, signal, sqlite3, subprocess, sys, threading, time, warnings
+import io, json, sqlite3, threading, time, warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,6 +12,7 @@ from kd_arbitrary.teachers.adapters import load_teacher
 from kd_arbitrary.teachers.black_box import BudgetError, walled
 from kd_arbitrary.transfer.active import active  # noqa: F401, it enters the strategies
 from kd_arbitrary.transfer.balance import balance
+from processes import Job, command, kd_distill
 
 SHAPE, CLASSES = (1, 12, 12), 4
 WEIGHTS = torch.randn(144, CLASSES, generator=torch.Generator().manual_seed(0)).numpy()
@@ -151,14 +152,14 @@ def test_the_command_line_through_kills(tmp_path):
         time.sleep(0.05)
         return (500, {}, b"") if n % 5 == 0 else None if n % 7 == 0 else good(x)
     with server(behave) as (url, seen):
-        words = [sys.executable, "-m", "kd_arbitrary.cli", "--teacher", url, "--budget", "600", "--balance", "active", "--student", "wrn16_1",
+        words = ["--teacher", url, "--budget", "600", "--balance", "active", "--student", "wrn16_1",
                  "--epochs", "1", "--quiet", "--json", "--out", str(tmp_path / "run"), "--ledger", str(tmp_path / "answers.sqlite")]
         for calls in (3, 6):
-            job, before = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), seen["calls"]
-            while job.poll() is None and seen["calls"] < before + calls: time.sleep(0.01)
-            job.send_signal(signal.SIGKILL)
-            job.wait()
-        done = subprocess.run(words, capture_output=True, text=True)
+            until = seen["calls"] + calls
+            job = Job(command, *words)
+            assert job.until(lambda: seen["calls"] >= until)
+            job.killed()
+        done = kd_distill(*words)
         assert done.returncode == 0, done.stderr
         record = json.loads(done.stdout)
         assert seen["images"] <= asked(tmp_path) <= 600 and record["paid"] <= 600 and record["job"]["recheck"] == 0.01

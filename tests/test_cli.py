@@ -1,5 +1,5 @@
 """The commands as a user meets them: what they print, the exit status, and what happens when they are interrupted."""
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from kd_arbitrary import cli
 from kd_arbitrary.core import load_tensors
 from kd_arbitrary.studies.runs import Run
+from processes import Job, command
 
 QUICK = ["--n", "300", "--epochs", "1", "--batch-size", "64", "--quiet"]
 ROWS = ("unbalanced", "balanced", "original")
@@ -17,9 +18,6 @@ def distill(*arguments): return CliRunner().invoke(cli.distill_app, [str(a) for 
 
 
 def grid(*arguments): return CliRunner().invoke(cli.experiment_app, [str(a) for a in arguments])
-
-
-def command(*arguments): return [sys.executable, "-m", "kd_arbitrary.cli", *map(str, arguments)]
 
 
 def content(folder): return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock"}
@@ -59,7 +57,8 @@ def test_the_same_command_again_changes_nothing(done):
 
 def test_json_stands_alone_on_stdout(done):
     out, arguments, _ = done
-    result = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "kd_arbitrary.cli", *map(str, arguments), "--json"]             # as a user starts it
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
     told = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1 and result.stderr == ""
     assert all(told[name]["status"] == "done" and told[name]["results"]["queries"] > 0 for name in ROWS) and 0.9 < told["teacher"]["accuracy"] <= 1
@@ -107,10 +106,9 @@ def test_a_cut_file_is_named_and_nothing_is_touched(root, tmp_path, name):
 
 def test_a_killed_job_ends_as_if_nothing_had_happened(root, tmp_path):
     arguments = ["--n", 300, "--epochs", 12, "--batch-size", 32, "--quiet", "--root", root, "--out"]
-    job = subprocess.Popen(command(*arguments, tmp_path / "killed"), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed/balanced/checkpoint.safetensors").exists() and job.poll() is None: time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    assert job.wait() == -signal.SIGKILL and not (tmp_path / "killed/balanced/student.safetensors").exists()
+    job = Job(command, *arguments, tmp_path / "killed")
+    assert job.until((tmp_path / "killed/balanced/checkpoint.safetensors").exists)
+    assert job.killed().returncode == -signal.SIGKILL and not (tmp_path / "killed/balanced/student.safetensors").exists()
     assert distill(*arguments, tmp_path / "killed").exit_code == 0 == distill(*arguments, tmp_path / "whole").exit_code
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 

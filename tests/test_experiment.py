@@ -1,11 +1,12 @@
 """Grids through real executors, and what can happen to them: a killed worker, two processes at once, a full disk."""
-import json, multiprocessing, os, pickle, signal, subprocess, sys, time
+import os, pickle, signal, time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.io import savemat
 from torchvision.datasets import cifar, svhn
 
@@ -14,7 +15,8 @@ from kd_arbitrary.studies.grids import cifar100_full, smoke
 from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
 from kd_arbitrary.studies.runs import Run, execute, now, passes, steps
 from kd_arbitrary.teachers.recipes import RECIPES
-from kd_arbitrary.transfer.balance import quotas
+from kd_arbitrary.transfer.quotas import quotas
+from processes import CONTEXT, Job
 
 QUICK = dict(n=300, epochs=1, batch_size=64)
 GRID = [replace(run, **QUICK) for run in smoke()]
@@ -32,7 +34,7 @@ def outcome(records): return [(r["key"], r["status"], r["results"]) for r in rec
 @pytest.fixture(scope="module")
 def pool():
     "Two worker processes; the second test that has them kills one."
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor: yield executor
+    with ProcessPoolExecutor(2, mp_context=CONTEXT) as executor: yield executor
 
 
 def test_a_process_pool_does_the_same(root, reference, tmp_path, pool):
@@ -69,15 +71,18 @@ def test_dask_does_the_same(root, reference, tmp_path):
 
 def test_two_processes_share_a_grid(root, tmp_path):
     runs = [replace(GRID[0], seed=seed) for seed in range(8)]
-    code = ("import sys, json, torch; from kd_arbitrary.studies.runs import Run; from kd_arbitrary.studies.records import run_grid; torch.set_num_threads(2)\n"
-            "folder, root, *runs = sys.argv[1:]; run_grid([Run(**json.loads(r)) for r in runs], folder, root=root, show=False)")
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(root), *(json.dumps(asdict(run)) for run in runs)])
-    while not any((tmp_path / ".work").glob("*.lock")) and other.poll() is None: time.sleep(0.01)
+    other = Job(_with_two_threads, runs, tmp_path, root)
+    assert other.until(lambda: any((tmp_path / ".work").glob("*.lock")))
     run_grid(runs[::-1], tmp_path, root=root, show=False)                                # from the other end
-    assert other.wait() == 0
+    assert other.wait().returncode == 0
     records = run_grid(runs, tmp_path, root=root, show=False)
     assert [r["status"] for r in records] == ["done"] * 8 and not list(tmp_path.glob("*.damaged"))
     assert {r["machine"]["threads"] for r in records} == {1, 2}                           # both had a part in it
+
+
+def _with_two_threads(runs, folder, root):
+    torch.set_num_threads(2)
+    run_grid(runs, folder, root=root, show=False)
 
 
 def test_a_full_disk_leaves_what_was_there(root, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """A run that is killed, at any moment and as often as one likes, ends as if nothing had happened: the same weights to the bit, the same record."""
-import multiprocessing, os, random, signal, time
+import os, random, signal, time
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,10 @@ from kd_arbitrary.core import load_tensors
 from kd_arbitrary.students import adversarial
 from kd_arbitrary.studies.records import find_record, load_record, run_grid, write_record
 from kd_arbitrary.studies.runs import Run, execute
+from processes import Job
 
 RUN = Run(target="digits", source="0.5*strokes + 0.5*pyramid", n=260, epochs=4, batch_size=64)
-LOOP = Run(target="digits", source="0.5*fast(width=4, taught=4) + 0.5*strokes", n=100, balance="repeat", updates=160, batch_size=32, views="none")
+LOOP = Run(target="digits", source="0.5*fast(width=4, taught=4) + 0.5*strokes", n=100, balance="repeat", updates=64, batch_size=32, views="none")
 STAGES = ("made", "half", "flushed", "whole", "renamed")      # of a write, at which a process can be killed
 KILLED = -signal.SIGKILL
 
@@ -48,20 +49,9 @@ def job_killed_writing(folder: Path, nth: int, stage: str) -> None:
     job(folder)
 
 
-@pytest.fixture(scope="module")
-def start():
-    "A way to run a function in a fresh process that has everything imported: (function, arguments, seconds to live) -> exit code."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "kd_arbitrary.studies.records"])
-    def start(function, *arguments, seconds=None):
-        process = context.Process(target=function, args=arguments)
-        process.start()
-        process.join(seconds)
-        process.kill()
-        process.join()
-        return process.exitcode
-    start(time.sleep, 0)
-    return start
+def start(function, *arguments, seconds=None) -> int:
+    "Run a function in a fresh process that lives so many seconds at the most; its exit code."
+    return Job(function, *arguments).wait(seconds).returncode
 
 
 def outcome(folder: Path) -> tuple[dict, dict]:
@@ -88,15 +78,16 @@ def names(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglo
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def whole(tmp_path_factory):
     "The uninterrupted run: its folder, its outcome, and how long it took."
+    start(time.sleep, 0)                                     # the first process waits for the imports
     folder, begun = tmp_path_factory.mktemp("whole"), time.monotonic()
     assert start(job, folder) == 0
     return folder, outcome(folder), time.monotonic() - begun
 
 
 @pytest.mark.parametrize("chain", range(4))
-def test_killed_at_any_moment(start, whole, tmp_path, chain):
+def test_killed_at_any_moment(whole, tmp_path, chain):
     "Five kills at random moments of one run, four times; the last time through `run_grid`."
     _, (files, record), seconds = whole
     moments = sorted(random.Random(chain).uniform(0, seconds) for _ in range(5))
@@ -110,7 +101,7 @@ def test_killed_at_any_moment(start, whole, tmp_path, chain):
 
 
 @pytest.mark.parametrize("turn", range(2))
-def test_killed_while_writing(start, whole, tmp_path, turn):
+def test_killed_while_writing(whole, tmp_path, turn):
     "Each process kills itself in its first, second or third write, at some stage of it, until one has nothing left to write."
     folder, (files, record), _ = whole
     chance = random.Random(turn)
@@ -121,7 +112,7 @@ def test_killed_while_writing(start, whole, tmp_path, turn):
     assert names(tmp_path) == names(folder)                       # no temporary file is left of all that died
 
 
-def test_two_processes_do_the_same(start, whole, tmp_path):
+def test_two_processes_do_the_same(whole, tmp_path):
     "The record says what the outcome depends on."
     assert start(job, tmp_path) == 0
     assert names(tmp_path) == names(whole[0]) and same(outcome(tmp_path)[0], whole[1][0]) and outcome(tmp_path)[1] == whole[1][1]
@@ -138,7 +129,7 @@ def loop_job(folder: Path) -> None:
     if find_record(out, LOOP) is None: write_record(out, execute(LOOP, root=folder / "root", out=out, show=False))
 
 
-def test_a_generator_killed_at_any_moment(start, tmp_path):
+def test_a_generator_killed_at_any_moment(tmp_path):
     "An adversarial run that is killed five times: the same student, the same record."
     begun = time.monotonic()
     assert start(loop_job, tmp_path / "whole") == 0

@@ -1,5 +1,5 @@
 """The user's own teacher, as the user meets it: on the command line, with files of strangers, killed and started again."""
-import json, signal, sqlite3, subprocess, sys, time
+import json, signal, sqlite3, sys, time
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,15 +9,10 @@ from PIL import Image
 from torch import nn
 
 from kd_arbitrary.students.export import load_student
+from processes import Job, command, kd_distill as distill
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SMALL = ["--input-shape", "3,24,24", "--student", "wrn16_1", "--n", "400", "--epochs", "1", "--batch-size", "64", "--quiet"]
-
-
-def command(*words): return [sys.executable, "-m", "kd_arbitrary.cli", *map(str, words)]
-
-
-def distill(*words): return subprocess.run(command(*words), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +51,11 @@ def test_a_budget_holds_through_kills(home, tmp_path):
     ledger, kills = tmp_path / "run/answers.sqlite", 0
     def count(table, what): return sqlite3.connect(ledger, timeout=30).execute(f"SELECT {what} FROM {table}").fetchone()[0] or 0
     for patience in (0.05, 0.2):
-        job, before = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), time.time()
-        while job.poll() is None and time.time() - before < 60:
-            if ledger.exists():
-                time.sleep(patience)
-                job.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.01)
-        job.wait()
+        job = Job(command, *words)
+        job.until(ledger.exists, 60)
+        time.sleep(patience)
+        kills += job.running()
+        job.killed()
     done = distill(*words, "--json")
     assert kills and (done.returncode == 0 or "the budget of 500 questions is spent" in done.stderr), done.stderr
     assert count("paid", "SUM(images)") <= 500 and count("paid", "SUM(images)") >= count("answers", "COUNT(*)") > 100
@@ -94,23 +85,27 @@ def test_from_onnx_to_a_smaller_onnx(home, tmp_path):
 
 def test_stopped_it_says_how_to_go_on(home, tmp_path):
     words = ["--teacher", home / "letters.ts", *SMALL, "--epochs", "40", "--empty", "keep", "--out", tmp_path / "run"]
-    job, begun = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), time.time()
-    while not (tmp_path / "run/transfer.safetensors").exists() and job.poll() is None and time.time() - begun < 120: time.sleep(0.01)
-    job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=120)
-    assert (job.returncode, out) == (130, "") and err.endswith("stopped; the same command goes on from here\n"), err
+    job = Job(command, *words)
+    assert job.until((tmp_path / "run/transfer.safetensors").exists)
+    job.send(signal.SIGINT)
+    job.wait(120)
+    assert (job.returncode, job.stdout) == (130, "") and job.stderr.endswith("stopped; the same command goes on from here\n"), job.stderr
     made = (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns
     done = distill(*words, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["history"][-1]["epoch"] == 40, done.stderr
     assert (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns == made and (tmp_path / "run/report.html").exists()
 
 
+def _on_a_full_disk(*words):
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    command(*words)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets limits")
 def test_a_full_disk_and_a_place_that_is_none(home, tmp_path):
-    import resource
     words = ["--teacher", f"{home / 'ask.py'}:label", "--classes", "26", *SMALL, "--empty", "keep"]
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    full = subprocess.run(command(*words, "--out", tmp_path / "run"), capture_output=True, text=True, preexec_fn=small)
+    full = Job(_on_a_full_disk, *words, "--out", tmp_path / "run").wait()
     assert full.returncode == 1 and "run/answers.sqlite" in full.stderr and "Free some space" in full.stderr, full.stderr
     (tmp_path / "file").touch()
     wrong = distill(*words, "--out", tmp_path / "file/run")

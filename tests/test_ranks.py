@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from kd_arbitrary import core
 from kd_arbitrary.core import ALONE, generator
 from kd_arbitrary.pictures.sources import Part, Source, make_source
 from kd_arbitrary.students.distill import distill
+from kd_arbitrary.students.ranks import ranks as all_ranks
 from kd_arbitrary.teachers.teacher import Teacher
 from kd_arbitrary.transfer.balance import balance
+from processes import Job
 
 pytest.importorskip("lightning_fabric")
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -55,33 +59,35 @@ def students(teacher: Teacher, ts, ranks=ALONE) -> dict:
 def teacher_of_five() -> Teacher: return Teacher(net(0, 32).eval(), 5, SHAPE)
 
 
-CHILD = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from kd_arbitrary import core
-from kd_arbitrary.students.ranks import ranks
-from test_ranks import sets, students, teacher_of_five
-torch.set_num_threads(1)
-out, teacher = Path(sys.argv[1]), teacher_of_five()
-with ranks() as two:
-    def refuse(path, fill): raise AssertionError(f"rank {{two.rank}} writes {{path}}")
-    if not two.first: core._replace = refuse
-    made = sets(teacher, out, two)
-    taught = students(teacher, made["fill"], two)
-    found = {{k: (s.images, s.scores, s.origin, s.weights, s.info["report"]["queries"]) for k, s in made.items()}}
-    what = {{k: (t.student.state_dict(), t.history, t.queries) for k, t in taught.items()}}
-    torch.save((found, what), out / f"rank{{two.rank}}.pt")
-"""
+def one_of_two(out: Path) -> None:
+    "What each of two ranks does; the second may write nothing."
+    torch.set_num_threads(1)
+    teacher = teacher_of_five()
+    with all_ranks() as two:
+        def refuse(path, fill): raise AssertionError(f"rank {two.rank} writes {path}")
+        if not two.first: core._replace = refuse
+        made = sets(teacher, out, two)
+        taught = students(teacher, made["fill"], two)
+        found = {k: (s.images, s.scores, s.origin, s.weights, s.info["report"]["queries"]) for k, s in made.items()}
+        what = {k: (t.student.state_dict(), t.history, t.queries) for k, t in taught.items()}
+        torch.save((found, what), out / f"rank{two.rank}.pt")
+
+
+def as_torchrun_says(rank: int, port: int) -> dict:
+    "The variables by which `torchrun` tells each of two processes which one it is."
+    return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     "What two ranks made, and what one process made."
     out = tmp_path_factory.mktemp("ranks")
-    (out / "child.py").write_text(CHILD.format(tests=str(Path(__file__).parent)))
-    done = subprocess.run([*TWO, str(out / "child.py"), str(out)], env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two = [Job(one_of_two, out, environ=as_torchrun_says(rank, port)) for rank in (0, 1)]
+    for job in two: assert job.wait(300).returncode == 0, job.stderr[-3000:]
     (out / "one").mkdir()
     teacher = teacher_of_five()
     made = sets(teacher, out / "one")

@@ -1,5 +1,5 @@
 """A rival's set as a user meets it: killed and started again, on the command line, behind a black box."""
-import json, os, random, signal, subprocess, sys, time
+import json, os, random
 
 import pytest
 import torch
@@ -7,26 +7,21 @@ from torch import nn
 
 from kd_arbitrary.core import load_tensors
 from kd_arbitrary.pictures.sources import make_source
-from kd_arbitrary.studies.records import load_record, write_record
+from kd_arbitrary.studies.records import find_record, load_record, write_record
 from kd_arbitrary.studies.runs import Run, execute
 from kd_arbitrary.teachers.teacher import Teacher
 from kd_arbitrary.transfer import rivals
+from processes import Job, kd_distill as kd
 
 TEXT = "0.75*zskd(steps=30, lr=0.05, batch=8) + 0.25*strokes"
 RUN = Run(target="digits", source=TEXT, n=240, balance="repeat", epochs=1, batch_size=64)
 TIMES = ("seconds", "cpu", "finished", "sha256", "peak_memory_mb")
-JOB = f"""
-import sys, torch
-from kd_arbitrary.studies.records import find_record, write_record
-from kd_arbitrary.studies.runs import Run, execute
-from kd_arbitrary.transfer import rivals
-torch.set_num_threads(1)
-rivals.EVERY = 0                       # saved after every batch
-run = Run(target="digits", source={TEXT!r}, n=240, balance="repeat", epochs=1, batch_size=64)
-out, root = sys.argv[1] + "/out", sys.argv[1] + "/root"
-print("ready", flush=True)
-if find_record(out, run) is None: write_record(out, execute(run, root=root, out=out, show=False))
-"""
+
+
+def job(folder):
+    torch.set_num_threads(1)
+    rivals.EVERY = 0                       # saved after every batch
+    if find_record(folder / "out", RUN) is None: write_record(folder / "out", execute(RUN, root=folder / "root", out=folder / "out", show=False))
 
 
 def untimed(record):
@@ -48,29 +43,21 @@ def test_killed_while_images_are_made(tmp_path):
     write_record(whole / "out", execute(RUN, root=whole / "root", out=whole / "out", show=False))
     images, info, record = outcome(whole)
     chance, kept = random.Random(0), []
+    def done():
+        files = list((broken / "root/generated").glob("*.safetensors"))
+        return load_tensors(files[0], "generated images")[1]["done"] if files else 0
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", JOB, str(broken)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        made, until = broken / "root/generated", time.monotonic() + 120
-        before = kept[-1] if kept else 0
-        while process.poll() is None and time.monotonic() < until:      # until some more batches are in the file
-            files = list(made.glob("*.safetensors")) if made.exists() else []
-            done = load_tensors(files[0], "generated images")[1]["done"] if files else 0
-            if done >= before + chance.randint(2, 5): break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kept.append(done)
+        process, more = Job(job, broken), done() + chance.randint(2, 5)      # until some more batches are in the file
+        assert process.until(lambda: done() >= more)
+        process.killed()
+        kept.append(done())
     assert 0 < kept[0] < kept[1] <= info["done"]
-    assert subprocess.run([sys.executable, "-c", JOB, str(broken)]).returncode == 0
+    assert Job(job, broken).wait().returncode == 0
     again = outcome(broken)
     assert torch.equal(again[0], images) and again[1] == info
     code = lambda r: {k: v for k, v in r.items() if k != "code"}
     assert code(again[2]) == code(record)
     assert record["data"]["making"]["gradients"] == 30 * 180 and record["results"]["gradients"] >= 30 * 180
-
-
-def kd(*words): return subprocess.run([sys.executable, "-m", "kd_arbitrary.cli", *map(str, words)], capture_output=True, text=True)
 
 
 def test_on_the_command_line(tmp_path):

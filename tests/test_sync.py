@@ -92,3 +92,18 @@ def test_imports_run_one_way(module):
     assert [source for source, names in found if "*" in names] == [], "import by name"
     tools = {"nbdev", "fastcore", "execnb", "IPython", "pytest"} & {source.split(".")[0] for source, _ in found}
     assert tools == set(), "the library must run without the tools that build it"
+
+
+def code_lines(function: ast.AST, text: str) -> int:
+    "Lines of a function's body: no signature, no docstring, no comment, no blank line."
+    body = function.body[ast.get_docstring(function) is not None:]
+    lines = text.split("\n")[body[0].lineno - 1:function.end_lineno] if body else []
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_fit_in_one_look(module):
+    text = (LIBRARY / f"{module.replace('.', '/')}.py").read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    long = {f.name: n for f in functions if (n := code_lines(f, text)) > 25}
+    assert long == {}, "a function has at most 25 lines of code: give its steps names"
