@@ -6,6 +6,7 @@
 __all__ = ['IMAGES', 'FASTEST', 'SLOWEST', 'INPUTS', 'Job', 'settle', 'usual_rate', 'job_teacher']
 
 # %% ../../nbs/studies/08_own.ipynb #own-imports
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,8 +44,11 @@ class Job(Lesson, Balancing):
     mean: tuple[float, ...] | None = option(None, "Mean of the images it was trained on, one or one a channel",
                                             unsaid="as the teacher says")
     std: tuple[float, ...] | None = option(None, "Standard deviation of them, likewise", unsaid="as the teacher says")
-    input_range: tuple[float, float] = option((0.0, 1.0), "What black and white are to it")
-    multi_label: bool = option(False, "Its logits are those of independent labels")
+    input_range: tuple[float, float] | None = option(None, "What black and white are to it",
+                                                     unsaid="as the teacher says, else 0,1")
+    multi_label: bool = option(False, "Its answers are those of independent labels")
+    arch: str | None = option(None, "Network that a file of mere weights is for: file.py:NAME, timm:NAME, "
+                                    "torchvision:NAME", unsaid="none")
     allow_pickle: bool = option(False, "Open files that can run code")
     budget: int | None = option(None, "Images a black box may be asked about in all", unsaid="any number")
     recheck: float | None = option(None, "Share of a black box's questions asked twice, to see whether answers change",
@@ -106,11 +110,11 @@ INPUTS = 172  # of the average weight of lenet5_half, which learns the fastest
 def usual_rate(
     student: nn.Module,  # with its first weights
 ) -> float:  # two digits
-    "A peak learning rate for Adam, in inverse proportion to the inputs of the student's average weight."
+    "A peak learning rate for Adam, by which a step changes wide and narrow students by the same share."
     sizes = [(w.numel(), w[0].numel()) for w in student.parameters() if w.ndim > 1]
     if not sizes: return FASTEST
     inputs = sum(n * m for n, m in sizes) / sum(n for n, _ in sizes)
-    return float(f"{min(FASTEST, max(SLOWEST, FASTEST * INPUTS / inputs)):.2g}")
+    return float(f"{min(FASTEST, max(SLOWEST, FASTEST * math.sqrt(INPUTS / inputs))):.2g}")
 
 # %% ../../nbs/studies/08_own.ipynb #own-teacher
 def job_teacher(
@@ -119,7 +123,10 @@ def job_teacher(
     device: str = "cpu",  # where networks run
 ) -> Teacher:
     "The teacher that the job names; a black box, or one with a budget, behind a ledger from its first question on."
-    fields = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "allow_pickle")
+    if job.budget is not None and job.budget <= QUESTION:
+        raise ValueError(f"budget={job.budget} allows no image; the first question alone takes {QUESTION} (--budget)")
+    fields = ("classes", "input_shape", "gives", "mean", "std", "input_range", "multi_label", "allow_pickle",
+              "arch")
     behind = ledger and walled(ledger, job.budget, recheck=_recheck(job))
     wall = lambda ask: behind(ask) if behind and (job.budget or not isinstance(ask, nn.Module)) else ask
     return load_teacher(job.teacher, **{k: getattr(job, k) for k in fields}, device=device, wall=wall)

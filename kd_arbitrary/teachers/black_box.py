@@ -129,7 +129,7 @@ def questions_of(
     return [hashlib.sha256(bytes([exact]) + row.numpy().tobytes()).digest() for row in rows]
 
 # %% ../../nbs/teachers/07_black_box.ipynb #bb-box
-class Busy(RuntimeError):
+class Busy(OSError):
     "The teacher could not answer now; `wait` is how many seconds it asks to be left alone, where it says."
     def __init__(self, why: str, wait: float | None = None, sent: bool = True):
         super().__init__(why)
