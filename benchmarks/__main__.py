@@ -16,7 +16,7 @@ from benchmarks.contenders import PACKAGES, describe, installed, line_up, prepar
 from benchmarks.measure import Updates, bound, median, rates, timed, unit
 from benchmarks.memory import compare, keep_memory
 from benchmarks.work import PAIRS, RATE, TEMPERATURE, VIEWS, fast_differs, make_work
-from kd_arbitrary.core import write_atomic
+from kd_arbitrary.storage import write_atomic
 from kd_arbitrary.students.evaluate import machine, versions
 from kd_arbitrary.teachers.networks import make_model
 

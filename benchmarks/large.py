@@ -95,7 +95,7 @@ def main() -> Path:
     parser.add_argument("--temp", help="where the temporary folder with the sets is made; needs three times the largest set")
     parser.add_argument("--out", type=Path, default=ROOT / "data/results/benchmarks")
     args = parser.parse_args()
-    from kd_arbitrary.core import write_atomic
+    from kd_arbitrary.storage import write_atomic
     from kd_arbitrary.students.evaluate import machine, versions
     rows = []
     for n in args.images:

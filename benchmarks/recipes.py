@@ -12,7 +12,8 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from kd_arbitrary.core import generator, write_atomic
+from kd_arbitrary.core import generator
+from kd_arbitrary.storage import write_atomic
 from kd_arbitrary.pictures.natural import labelled
 from kd_arbitrary.students.evaluate import machine, versions
 from kd_arbitrary.studies.runs import code_version

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from kd_arbitrary.core import generator, write_atomic
+from kd_arbitrary.core import generator
+from kd_arbitrary.storage import write_atomic
 from kd_arbitrary.pictures.noise import SOURCES
 from kd_arbitrary.pictures.sources import Source, make_source
 from kd_arbitrary.students.evaluate import machine, versions

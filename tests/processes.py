@@ -3,8 +3,8 @@ import multiprocessing, os, sys, tempfile, time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "kd_arbitrary.cli", "kd_arbitrary.all", "torch._dynamo", "sklearn.datasets", "sklearn.model_selection",
-                                "torchmetrics.functional.classification"])
+CONTEXT.set_forkserver_preload(["pytest", "kd_arbitrary.cli", "kd_arbitrary.all", "torch._dynamo", "torchvision", "seaborn",
+                                "sklearn.datasets", "sklearn.model_selection", "torchmetrics.functional.classification"])
 
 
 class Job:

@@ -10,7 +10,7 @@ import torch
 from scipy.io import savemat
 from torchvision.datasets import cifar, svhn
 
-from kd_arbitrary.cli import grid_table
+from kd_arbitrary.experiment import grid_table
 from kd_arbitrary.studies.grids import cifar100_full, smoke
 from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
 from kd_arbitrary.studies.runs import Run, execute, now, passes, steps

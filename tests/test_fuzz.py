@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kd_arbitrary.core import load_tensors
+from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.pictures.files import load_folder
 from kd_arbitrary.pictures.natural import fetch, load_array, load_picture
 from kd_arbitrary.studies.records import RecordError, load_record, write_record

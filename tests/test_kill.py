@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_arbitrary import core
+from kd_arbitrary import storage
 from kd_arbitrary.teachers import recipes, training
-from kd_arbitrary.core import load_tensors
+from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.students import adversarial
 from kd_arbitrary.studies.records import find_record, load_record, run_grid, write_record
 from kd_arbitrary.studies.runs import Run, execute
@@ -30,7 +30,7 @@ def job(folder: Path, whole_grid: bool = False) -> None:
 
 def job_killed_writing(folder: Path, nth: int, stage: str) -> None:
     "The job, but the process kills itself at a stage of its nth write."
-    real, die, count = core._replace, lambda *_: os.kill(os.getpid(), signal.SIGKILL), 0
+    real, die, count = storage._replace, lambda *_: os.kill(os.getpid(), signal.SIGKILL), 0
     class Half:
         "A file that takes half of what it is given."
         def __init__(self, f): self.f = f
@@ -45,7 +45,7 @@ def job_killed_writing(folder: Path, nth: int, stage: str) -> None:
         if stage == "whole": os.replace = die
         if stage == "renamed": rename = os.replace; os.replace = lambda *names: die(rename(*names))
         real(path, fill)
-    core._replace = replaced
+    storage._replace = replaced
     job(folder)
 
 

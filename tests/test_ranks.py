@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_arbitrary import core
+from kd_arbitrary import storage
 from kd_arbitrary.core import ALONE, generator
 from kd_arbitrary.pictures.sources import Part, Source, make_source
 from kd_arbitrary.students.distill import distill
@@ -65,7 +65,7 @@ def one_of_two(out: Path) -> None:
     teacher = teacher_of_five()
     with all_ranks() as two:
         def refuse(path, fill): raise AssertionError(f"rank {two.rank} writes {path}")
-        if not two.first: core._replace = refuse
+        if not two.first: storage._replace = refuse
         made = sets(teacher, out, two)
         taught = students(teacher, made["fill"], two)
         found = {k: (s.images, s.scores, s.origin, s.weights, s.info["report"]["queries"]) for k, s in made.items()}

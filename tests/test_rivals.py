@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_arbitrary.core import load_tensors
+from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.studies.records import find_record, load_record, write_record
 from kd_arbitrary.studies.runs import Run, execute

@@ -7,15 +7,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "kd_arbitrary"
 NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if path.parent.name[0] != "."]
+GROUND = ("core", "html", "storage")  # below all rooms
 ROOMS = ("pictures", "teachers", "transfer", "students", "studies")  # imports run down this list, and down the numbers within a room
 
 
 def modules() -> list[str]:
     "The library's modules in the order in which they may import each other."
     exports = lambda path: (found := re.search(r"#\| default_exp ([\w.]+)", path.read_text())) and found[1]
-    core, *top = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    top = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+    below = [path for path in top if exports(path) in GROUND]
     rooms = [path for room in ROOMS for path in sorted((ROOT / "nbs" / room).glob("[0-9]*.ipynb"))]
-    return [module for path in (core, *rooms, *top) if (module := exports(path))]
+    return [module for path in (*below, *rooms, *top[len(below):]) if (module := exports(path))]
 
 
 MODULES = modules()
@@ -107,3 +109,11 @@ def test_functions_fit_in_one_look(module):
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     long = {f.name: n for f in functions if (n := code_lines(f, text)) > 25}
     assert long == {}, "a function has at most 25 lines of code: give its steps names"
+
+
+def test_import_is_light():
+    "What takes a second to import waits until it is used: help and lists are there at once."
+    code = ("import sys, kd_arbitrary.all, kd_arbitrary.cli\n"
+            "print(*{'torchvision', 'torch._dynamo', 'seaborn', 'scipy', 'sklearn', 'torchmetrics', 'distributed'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [], "import it in the function that uses it"

@@ -36,7 +36,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 # %% ../../nbs/pictures/06_files.ipynb #files-imports-core
-from ..core import adapt, data_root, need, progress, write_atomic
+from ..core import adapt, data_root, need, progress
+from ..storage import write_atomic
 from .natural import PIXELS, _cut, _upright, find_path
 
 # %% ../../nbs/pictures/06_files.ipynb #files-walk

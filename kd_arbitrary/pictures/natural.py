@@ -22,8 +22,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-import torchvision.datasets as tvd
-import torchvision.transforms.v2.functional as tvf
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -46,33 +44,44 @@ _IDX = tuple(f"{part}-{what}-ubyte.gz" for part in ("train", "t10k")
 _APT = Path("/usr/share/datasets/fashion-mnist")
 
 
-def _both(cls):
+def _sets():
+    "torchvision's data sets; imported where one is read, because that takes as long as PyTorch itself."
+    import torchvision.datasets
+    return torchvision.datasets
+
+
+def _both(
+    name: str,  # of a class of torchvision
+) -> Callable:
     "Training and test part."
-    return lambda root, download: [cls(root, train=train, download=download) for train in (True, False)]
+    return lambda root, download: [getattr(_sets(), name)(root, train=train, download=download)
+                                   for train in (True, False)]
 
 
+_KMNIST = "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"
+_STL10 = ("stl10_binary.tar.gz",), "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
 OFFICIAL = {
-    "mnist": Official(_both(tvd.MNIST), "MNIST/raw", _IDX, tvd.MNIST.mirrors[0]),
-    "fmnist": Official(_both(tvd.FashionMNIST), "FashionMNIST/raw", _IDX, tvd.FashionMNIST.mirrors[0],
+    "mnist": Official(_both("MNIST"), "MNIST/raw", _IDX, "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "fmnist": Official(_both("FashionMNIST"), "FashionMNIST/raw", _IDX,
+                       "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
                        "or, on Debian and Ubuntu, run: apt install dataset-fashion-mnist"),
-    "cifar10": Official(_both(tvd.CIFAR10), ".", (tvd.CIFAR10.filename,), tvd.CIFAR10.url),
-    "cifar100": Official(_both(tvd.CIFAR100), ".", (tvd.CIFAR100.filename,), tvd.CIFAR100.url),
-    "svhn": Official(lambda r, d: tvd.SVHN(r, "train", download=d), ".", ("train_32x32.mat",),
+    "cifar10": Official(_both("CIFAR10"), ".", ("cifar-10-python.tar.gz",),
+                        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": Official(_both("CIFAR100"), ".", ("cifar-100-python.tar.gz",),
+                         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "svhn": Official(lambda r, d: _sets().SVHN(r, "train", download=d), ".", ("train_32x32.mat",),
                      "http://ufldl.stanford.edu/housenumbers/"),
-    "kmnist": Official(lambda r, d: tvd.KMNIST(r, download=d), "KMNIST/raw", _IDX, tvd.KMNIST.mirrors[0]),
-    "kmnist_test": Official(lambda r, d: tvd.KMNIST(r, train=False, download=d), "KMNIST/raw", _IDX,
-                            tvd.KMNIST.mirrors[0]),
-    "emnist": Official(lambda r, d: tvd.EMNIST(r, "letters", download=d), "EMNIST/raw",
-                       ("gzip.zip",), tvd.EMNIST.url),
-    "omniglot": Official(lambda r, d: tvd.Omniglot(r, download=d), "omniglot-py", ("images_background.zip",),
-                         tvd.Omniglot.download_url_prefix),
-    "stl10": Official(lambda r, d: tvd.STL10(r, "train", download=d), ".",
-                      (tvd.STL10.filename,), tvd.STL10.url),
-    "stl10_unlabeled": Official(lambda r, d: tvd.STL10(r, "unlabeled", download=d), ".",
-                                (tvd.STL10.filename,), tvd.STL10.url),
-    "dtd": Official(lambda r, d: [tvd.DTD(r, s, download=d) for s in ("train", "val", "test")], "dtd",
+    "kmnist": Official(lambda r, d: _sets().KMNIST(r, download=d), "KMNIST/raw", _IDX, _KMNIST),
+    "kmnist_test": Official(lambda r, d: _sets().KMNIST(r, train=False, download=d), "KMNIST/raw", _IDX, _KMNIST),
+    "emnist": Official(lambda r, d: _sets().EMNIST(r, "letters", download=d), "EMNIST/raw",
+                       ("gzip.zip",), "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"),
+    "omniglot": Official(lambda r, d: _sets().Omniglot(r, download=d), "omniglot-py", ("images_background.zip",),
+                         "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"),
+    "stl10": Official(lambda r, d: _sets().STL10(r, "train", download=d), ".", *_STL10),
+    "stl10_unlabeled": Official(lambda r, d: _sets().STL10(r, "unlabeled", download=d), ".", *_STL10),
+    "dtd": Official(lambda r, d: [_sets().DTD(r, s, download=d) for s in ("train", "val", "test")], "dtd",
                     ("dtd-r1.0.1.tar.gz",), "https://www.robots.ox.ac.uk/~vgg/data/dtd/"),
-    "places365": Official(lambda r, d: tvd.Places365(r / "places365", "val", small=True, download=d),
+    "places365": Official(lambda r, d: _sets().Places365(r / "places365", "val", small=True, download=d),
                           "places365", ("filelist_places365-standard.tar", "val_256.tar"),
                           "http://places2.csail.mit.edu/download.html"),
 }
@@ -137,7 +146,7 @@ def _from_apt(
         for f in _IDX:
             with gzip.open(folder / f) as packed, open(raw / f.removesuffix(".gz"), "wb") as out:
                 shutil.copyfileobj(packed, out)
-        return _both(tvd.FashionMNIST)(tmp, False)
+        return _both("FashionMNIST")(tmp, False)
 
 
 def labelled(
@@ -222,6 +231,14 @@ def _decode(
         raise ValueError(f"cannot use the picture {name or file}: {e or type(e).__name__}") from e
 
 
+def _tensor(
+    picture: Image.Image,
+) -> Tensor:  # [C, H, W] uint8
+    "The pixels of a picture."
+    x = torch.from_numpy(np.array(picture, copy=True))
+    return x[None] if x.ndim == 2 else x.permute(2, 0, 1).contiguous()
+
+
 def load_picture(
     path: str | Path,  # an image file, or "china" or "flower", two photographs that come with scikit-learn
     root: str | Path | None = None,  # the data root
@@ -230,7 +247,7 @@ def load_picture(
     if path in ("china", "flower"):
         from sklearn.datasets import load_sample_image
         return torch.as_tensor(load_sample_image(f"{path}.jpg").copy()).permute(2, 0, 1).contiguous()
-    return tvf.pil_to_tensor(_decode(find_path(path, root)))
+    return _tensor(_decode(find_path(path, root)))
 
 # %% ../../nbs/pictures/05_natural.ipynb #data-folder
 def _cut(
@@ -239,7 +256,8 @@ def _cut(
 ) -> Tensor:  # [C, H, W] uint8
     "The picture scaled until it just covers the size, and its middle."
     h, w = (size, size) if isinstance(size, int) else size
-    x = picture if isinstance(picture, Tensor) else tvf.pil_to_tensor(picture)
+    from torchvision.transforms.v2 import functional as tvf
+    x = picture if isinstance(picture, Tensor) else _tensor(picture)
     scale = max(h / x.shape[1], w / x.shape[2])
     sides = [max(h, round(x.shape[1] * scale)), max(w, round(x.shape[2] * scale))]
     return tvf.center_crop(tvf.resize(x, sides, antialias=True), [h, w])
@@ -269,6 +287,7 @@ def pictures(
     size: int = 32,  # side of a crop after scaling, in pixels
 ) -> Tensor:  # [n, 3, size, size] uint8, always the same
     "Square crops of two photographs: random place, sides from `size` to 8 `size` evenly in the logarithm."
+    from torchvision.transforms.v2 import functional as tvf
     photos, g = [load_picture(name) for name in ("china", "flower")], generator("pictures", n, size)
     u = torch.rand(n, 3, generator=g)
     crops = []

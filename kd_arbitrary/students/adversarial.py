@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-imports-core
-from kd_arbitrary.core import (
-    generator, keep_freed, load_tensors, need_memory, progress, save_tensors, takes, to_float,
-)
+from ..core import generator, keep_freed, need_memory, progress, takes, to_float
+from ..storage import load_tensors, save_tensors
 from ..pictures.views import make_views
 from .distill import Distilled, fingerprint
 from .generators import attention_loss, make_generator, shared_maps, watching

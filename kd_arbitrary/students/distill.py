@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports-core
-from kd_arbitrary.core import (
-    ALONE, Alone, generator, html_facts, html_line, html_panels, need_memory, option, takes, to_float, to_stored,
-)
+from ..core import ALONE, Alone, generator, need_memory, option, takes, to_float, to_stored
+from ..html import html_facts, html_line, html_panels
 from ..pictures.views import make_views
 from .losses import LOSSES
 from ..teachers.frozen import quick

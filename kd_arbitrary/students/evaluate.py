@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 # %% ../../nbs/students/03_evaluate.ipynb #evaluate-imports-core
@@ -119,6 +118,7 @@ def peak_memory_mb() -> float | None:  # MiB; None where the system does not say
 # %% ../../nbs/students/03_evaluate.ipynb #evaluate-versions
 def versions() -> dict[str, str]:  # python, torch, torchvision, numpy, kd_arbitrary
     "The versions of what the numbers were computed with."
+    import torchvision  # takes as long as PyTorch itself
     return dict(python=platform.python_version(), torch=str(torch.__version__),
                 torchvision=str(torchvision.__version__),
                 numpy=np.__version__, kd_arbitrary=__version__)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 # %% ../../nbs/students/04_export.ipynb #export-imports-core
-from ..core import generator, load_tensors, pick, save_tensors, write_atomic
+from ..core import generator, pick
+from ..storage import load_tensors, save_tensors, write_atomic
 from ..teachers.adapters import Onnx, need, of_file
 from ..teachers.networks import MODELS, ConvPool, Normalize, PairNorm, make_model
 from ..teachers.training import evaluating

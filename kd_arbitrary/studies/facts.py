@@ -6,7 +6,7 @@
 __all__ = ['went_in', 'came_out', 'it_cost', 'made_with', 'Record']
 
 # %% ../../nbs/studies/01_facts.ipynb #facts-imports-core
-from ..core import html_facts, html_panels
+from ..html import html_facts, html_panels
 from ..students.distill import html_history
 from ..transfer.quotas import FillReport, html_fates
 

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -469,6 +468,7 @@ def _bars_with_dots(
     colours: dict,  # value of `hue` to colour
 ) -> None:
     "A bar for each mean, and a dot for each run."
+    import seaborn as sns  # takes a second
     sns.barplot(**common, palette=colours, errorbar="sd", saturation=1, err_kws=dict(color=INK, linewidth=0.9),
                 width=0.8, alpha=0.85)
     sns.stripplot(**common, palette=dict.fromkeys(colours, "white"), dodge=len(colours) > 1, size=3.2, edgecolor=INK,
@@ -561,6 +561,7 @@ def cost_scatter(
     style: str = "source",  # what the markers tell apart
 ) -> Figure:
     "One marker a run: what it cost and what it reached."
+    import seaborn as sns  # takes a second
     rows = usable(frame, x, value, hue, style)
     rows = usable(rows[rows[x] > 0], x)
     fig, (ax,) = figure(5.2, 2.5, grid="both")
@@ -588,6 +589,7 @@ def predictor_scatter(
     hue: str = "balance",  # what the colours tell apart
 ) -> Figure:
     "A diagnostic against what was reached, with Spearman's rank correlation of the configurations."
+    import seaborn as sns  # takes a second
     rows = usable(frame, x, value, hue)
     points = rows.groupby([c for c in dict.fromkeys((hue, *SETTING)) if c in rows],
                           dropna=False)[[x, value]].mean().reset_index()

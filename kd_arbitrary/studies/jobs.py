@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/studies/10_jobs.ipynb #job-imports-core
-from ..core import ALONE, Alone, generator, write_atomic
+from ..core import ALONE, Alone, generator
+from ..storage import write_atomic
 from ..pictures.files import read_pictures
 from ..pictures.sources import Source, make_source, source_from
 from ..students.distill import Distilled, distill

@@ -19,7 +19,8 @@ import torch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/studies/03_records.ipynb #records-imports-core
-from ..core import is_device_loss, progress, write_atomic
+from ..core import is_device_loss, progress
+from ..storage import write_atomic
 from .runs import LATER, VERSION, Run, execute, now, run_key
 from .facts import Record
 

@@ -20,7 +20,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 # %% ../../nbs/studies/09_report.ipynb #report-imports-core
-from ..core import generator, html_bars, html_box, html_facts, write_atomic
+from ..core import generator
+from ..html import html_bars, html_box, html_facts
+from ..storage import write_atomic
 from ..students.methods import split_source
 from ..students.distill import html_history
 from ..students.export import load_student

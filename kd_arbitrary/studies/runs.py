@@ -26,9 +26,8 @@ from torch import nn
 
 # %% ../../nbs/studies/02_runs.ipynb #experiment-imports-core
 from .. import core
-from kd_arbitrary.core import (
-    ALONE, Alone, Facts, data_root, has_bfloat16, option, pick, write_atomic,
-)
+from ..core import ALONE, Alone, Facts, data_root, has_bfloat16, option, pick
+from ..storage import write_atomic
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Part, Source, make_part, make_source, named, parse_source
 from ..pictures.views import make_views, unmixed

@@ -10,16 +10,12 @@ __all__ = ['BLOCK', 'MODELS', 'Normalize', 'PairMax', 'pool2', 'ConvPool', 'lene
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-import torchvision.models as tvm
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.inception import BasicConv2d
-from torchvision.models.vgg import cfgs, make_layers
 
 from ..core import Registry
 
@@ -345,10 +341,11 @@ def wide_resnet(
 def resnet(
     shape: tuple[int, int, int],  # (C, H, W) of the images
     classes: int,  # number of logits
-    build: Callable = tvm.resnet18,  # a ResNet constructor of torchvision
+    build: str = "resnet18",  # a ResNet of torchvision
 ) -> nn.Module:
     "A ResNet (He et al. 2016) with a 3 x 3 stem."
-    net = build(num_classes=classes)
+    import torchvision.models as tvm  # takes as long to import as PyTorch itself
+    net = getattr(tvm, build)(num_classes=classes)
     net.conv1, net.maxpool = _he(nn.Conv2d(shape[0], 64, 3, 1, 1, bias=False)), nn.Identity()
     return nn.Sequential(OrderedDict(_front(shape) + [("net", net)]))
 
@@ -358,6 +355,7 @@ def vgg11(
     classes: int,  # number of logits
 ) -> nn.Module:
     "VGG-11 with batch normalisation (Simonyan and Zisserman 2015) and one linear layer as its head."
+    from torchvision.models.vgg import cfgs, make_layers
     features = make_layers(cfgs["A"], batch_norm=True)
     features[0] = nn.Conv2d(shape[0], 64, 3, padding=1)
     head = [("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten()), ("fc", nn.Linear(512, classes))]
@@ -369,9 +367,10 @@ def inception_v3(
     classes: int,  # number of logits
 ) -> nn.Module:
     "Inception-v3 (Szegedy et al. 2016) with neither strides nor pooling in its stem, and no auxiliary head."
-    net = tvm.inception_v3(num_classes=classes, aux_logits=False, transform_input=False, init_weights=False)
-    net.Conv2d_1a_3x3 = BasicConv2d(shape[0], 32, kernel_size=3, padding=1)
-    net.Conv2d_2a_3x3 = BasicConv2d(32, 32, kernel_size=3, padding=1)
+    from torchvision.models import inception
+    net = inception.inception_v3(num_classes=classes, aux_logits=False, transform_input=False, init_weights=False)
+    net.Conv2d_1a_3x3 = inception.BasicConv2d(shape[0], 32, kernel_size=3, padding=1)
+    net.Conv2d_2a_3x3 = inception.BasicConv2d(32, 32, kernel_size=3, padding=1)
     net.maxpool1 = net.maxpool2 = nn.Identity()
     return _he(nn.Sequential(OrderedDict(_front(shape, 32) + [("net", net)])))
 
@@ -383,7 +382,7 @@ for name, build in {
     "alexnet": alexnet,
     "alexnet_half": partial(alexnet, divide=2),
     "resnet18": resnet,
-    "resnet34": partial(resnet, build=tvm.resnet34),
+    "resnet34": partial(resnet, build="resnet34"),
     "vgg11": vgg11,
     "wrn40_2": wide_resnet,
     "wrn40_1": partial(wide_resnet, depth=40, k=1),

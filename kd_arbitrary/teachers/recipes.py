@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/teachers/05_recipes.ipynb #recipes-imports-core
 from .. import core
-from ..core import Facts, data_root, generator, load_tensors, pick, save_tensors, to_float, write_atomic
+from ..core import Facts, data_root, generator, pick, to_float
+from ..storage import load_tensors, save_tensors, write_atomic
 from ..pictures.views import make_views
 from .networks import make_model
 from .targets import TARGETS, Target

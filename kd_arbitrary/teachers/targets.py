@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
 from ..core import Registry, data_root
@@ -60,6 +59,7 @@ def digits(
     "The digits of scikit-learn, enlarged to 28 x 28."
     from sklearn.datasets import load_digits                 # here, because it takes a second or two
     from sklearn.model_selection import train_test_split
+    from torchvision.transforms.v2 import functional as tvf
     raw = load_digits()
     x = torch.as_tensor(raw.images, dtype=torch.float32)[:, None] * (255 / 16)
     x = tvf.resize(x, [28, 28], tvf.InterpolationMode.BICUBIC, antialias=True)

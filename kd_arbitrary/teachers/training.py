@@ -23,10 +23,9 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/teachers/02_training.ipynb #train-imports-core
 from kd_arbitrary.core import (
-    ALONE, Alone, DeviceLost, bfloat16_where, generator, is_device_loss, keep_freed, load_tensors, pick, progress,
-    save_tensors, to_float,
+    ALONE, Alone, DeviceLost, bfloat16_where, generator, is_device_loss, keep_freed, pick, progress, to_float,
 )
-
+from ..storage import load_tensors, save_tensors
 
 # %% ../../nbs/teachers/02_training.ipynb #train-predict
 ASKED = 256  # images at a time; more is no faster on a processor, and slower where they leave its cache

@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 # %% ../../nbs/transfer/05_diagnosis.ipynb #diag-imports-core
-from ..core import generator, html_bars, html_facts, html_panels
+from ..core import generator
+from ..html import html_bars, html_facts, html_panels
 from ..pictures.sources import Source
 from ..teachers.teacher import Teacher
 from .balance import DRAWN, STRATEGIES, answered

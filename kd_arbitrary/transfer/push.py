@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 # %% ../../nbs/transfer/02_push.ipynb #push-imports-core
 from ..core import generator, to_float, to_stored
@@ -42,6 +41,7 @@ def _blurred(
     sigma: float,  # pixels, > 0
 ) -> Tensor:  # [side, side]
     "What becomes of each pixel of a row under a Gaussian, cut off at two standard deviations."
+    from torchvision.transforms.v2.functional import gaussian_blur  # takes as long to import as PyTorch itself
     return gaussian_blur(torch.eye(side).view(side, 1, 1, side), [2 * int(2 * sigma + 0.5) + 1, 1],
                          [sigma, sigma])[:, 0, 0]
 

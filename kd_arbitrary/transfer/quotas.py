@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/transfer/03_quotas.ipynb #quotas-imports-core
-from ..core import generator, html_bars, html_facts, html_panels
+from ..core import generator
+from ..html import html_bars, html_facts, html_panels
 from .sets import histogram_entropy
 
 # %% ../../nbs/transfer/03_quotas.ipynb #balance-quotas

@@ -24,8 +24,8 @@ from filelock import FileLock
 from torch import Tensor
 
 # %% ../../nbs/transfer/06_rivals.ipynb #rivals-imports-core
-from ..core import (Registry, data_root, load_tensors, need_memory, progress, save_tensors, to_float,
-                               to_stored)
+from ..core import Registry, data_root, need_memory, progress, to_float, to_stored
+from ..storage import load_tensors, save_tensors
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Source, bound, make_source, options, parse_source
 from ..teachers.teacher import Teacher

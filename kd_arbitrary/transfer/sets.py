@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/transfer/01_sets.ipynb #transfer-imports-core
-from kd_arbitrary.core import (
-    check_images, html_bars, html_box, html_facts, html_name, html_pictures, load_tensors, save_tensors, write_atomic,
-)
+from ..core import check_images
+from ..html import html_bars, html_box, html_facts, html_name, html_pictures
+from ..storage import load_tensors, save_tensors, write_atomic
 from ..teachers.teacher import Teacher
 
 # %% ../../nbs/transfer/01_sets.ipynb #transfer-class
