@@ -71,7 +71,8 @@ def settle(
     views = job.views or ("none" if job.budget else "affine+mixup")
     most = min(x for x in (job.n or IMAGES, size, _affordable(job, views)) if x is not None)
     if most < len(teacher.classes):
-        raise ValueError(f"{most:,} images cannot cover {len(teacher.classes):,} classes; ask for more (--n, --budget), "
+        raise ValueError(f"{most:,} images cannot cover {len(teacher.classes):,} classes; "
+                         "ask for more (--n, --budget), "
                          "or mix a few pictures with drawn ones: --source \"0.5*folder(path='PICTURES')+0.5*strokes\"")
     out = dict(student=student, n=most, views=views, empty=job.empty or ("keep" if job.budget else "refuse"),
                recheck=_recheck(job), balance=job.balance or _balance(job, teacher))
