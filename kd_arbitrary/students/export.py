@@ -56,6 +56,23 @@ def _of_file(
     return net
 
 
+def _fitting(
+    net: nn.Module,
+    spec: str,  # of it
+    shape: tuple[int, int, int],  # of the images
+    num_classes: int,  # of logits
+) -> nn.Module:  # the network
+    "Refuse a network that does not fit images and classes."
+    try:
+        with evaluating(net), torch.no_grad(): answer = net(torch.rand(2, *shape, generator=generator("fitting")))
+    except Exception as e:
+        raise ValueError(f"{spec} cannot take images of {tuple(shape)}: {e}; name another student (--student)") from e
+    if list(getattr(answer, "shape", [])) != [2, num_classes]:
+        raise ValueError(f"{spec} gives {list(getattr(answer, 'shape', []))} for 2 images of {num_classes} classes; "
+                         f"expected [2, {num_classes}] (--student)")
+    return net
+
+
 def make_student(
     spec: str,  # a name of `MODELS`, "timm:NAME", "torchvision:NAME", or "FILE.py:NAME"
     shape: tuple[int, int, int],  # (C, H, W) of the images
@@ -65,7 +82,7 @@ def make_student(
     "A new network by its name, untrained."
     library, colon, name = spec.partition(":")
     if not colon: return make_model(spec, shape, num_classes, seed)
-    if library.endswith(".py"): return _of_file(spec, shape, num_classes, seed)
+    if library.endswith(".py"): return _fitting(_of_file(spec, shape, num_classes, seed), spec, shape, num_classes)
     pick(dict.fromkeys(("timm", "torchvision")), library, "library of networks")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -79,7 +96,7 @@ def make_student(
             raise ValueError(f"{library} has no network {name!r}: {e}; "
                              f"expected one of {', '.join(MODELS)}, or another name") from e
     front = [Normalize()] + ([_Colours()] if library == "torchvision" and shape[0] == 1 else [])
-    return nn.Sequential(*front, net)
+    return _fitting(nn.Sequential(*front, net), spec, shape, num_classes)
 
 # %% ../../nbs/students/04_export.ipynb #export-keep
 def save_student(
