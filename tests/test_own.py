@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from typer.testing import CliRunner
+
+from kd_arbitrary import cli
 from kd_arbitrary.students.export import load_student
 from processes import Job, command, kd_distill as distill
 
@@ -62,15 +65,62 @@ def test_a_budget_holds_through_kills(home, tmp_path):
     assert count("paid", "SUM(images)") - count("answers", "COUNT(*)") <= 64 * kills                   # at the most the batch that was under way
 
 
+def called(app, *words):
+    "The command in this process, which saves the imports."
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    return done.exit_code, done.stdout, done.stderr
+
+
 def test_refused_before_anything_is_made(home, tmp_path):
-    cases = [(["--teacher", home / "none.ts"], 1, "does not exist"), (["--teacher", home / "letters.ts"], 1, "input_shape"),
-             (["--teacher", home / "letters.ts", "--input-shape", "3x24"], 2, "e.g. 3,32,32"),
-             (["--teacher", home / "letters.ts", "--images", "x", "--source", "pyramid"], 2, "name one"),
-             (["--teacher", home / "letters.ts", "--input-shape", "3,24,24", "--classes", "a,b"], 1, "26 classes"),
-             (["--teacher", home / "letters.ts", "--export", "tflite"], 2, "unknown kind of export")]
+    whole = ["--teacher", home / "letters.ts", "--input-shape", "3,24,24"]
+    (tmp_path / "test/seven").mkdir(parents=True)
+    (tmp_path / "file.py").write_text("from torch import nn\ndef narrow(): return nn.Sequential(nn.Flatten(), nn.Linear(1728, 3))")
+    cases = [(["--teacher", home / "none.ts"], 1, "does not exist"), (["--teacher", home / "letters.ts"], 1, "(--input-shape 3,32,32)"),
+             (["--teacher", home / "letters.ts", "--input-shape", "3x24"], 2, "e.g. 3,32,32"), ([*whole, "--mean", "half"], 2, "e.g. 0.5,0.5,0.5"),
+             ([*whole, "--images", "x", "--source", "pyramid"], 2, "name one"), ([*whole, "--classes", "a,b"], 1, "26 classes, but 2 are named"),
+             ([*whole, "--export", "tflite"], 2, "unknown kind of export"), ([*whole, "--views", "blur"], 2, "unknown view 'blur'"),
+             ([*whole, "--loss", "ce"], 2, "kl, mse, l1"), ([*whole, "--epochs", "0"], 2, "(--epochs)"), ([*whole, "--budget", "1"], 2, "(--budget)"),
+             ([*whole, "--init", "teacher"], 2, "--init belong to a benchmark"), ([*whole, "--target", "digits"], 2, "leave out --target"),
+             ([*whole, "--mean", "0.5,0.5"], 1, "mean has 2 numbers, the images have 3 channels"), ([*whole, "--n", "20"], 1, "20 images cannot cover 26 classes"),
+             ([*whole, "--test", tmp_path / "test"], 1, "no classes: seven"), ([*whole, "--student", f"{tmp_path}/file.py:narrow"], 1, "gives [2, 3] for 2 images of 26"),
+             ([*whole, "--student", "torchvision:resnet19"], 1, "no network 'resnet19'"), ([*whole, "--images", tmp_path / "test"], 1, "holds no pictures")]
     for words, status, message in cases:
-        done = distill(*words, "--out", tmp_path / "run", "--quiet")
-        assert (done.returncode, message in done.stderr, done.stdout) == (status, True, ""), (words, done.stderr)
+        code, out, err = called(cli.distill_app, *words, "--out", tmp_path / "run", "--quiet")
+        assert (code, message in err, out, err.count("\n")) == (status, True, "", 1), (words, err)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_mere_weights_and_what_a_file_says(home, tmp_path):
+    "Weights with the network of a file; the file's constants; the same answers as the network itself."
+    from safetensors.torch import save_file
+    net = torch.jit.load(str(home / "letters.ts"))
+    save_file({k.removeprefix("net."): v.contiguous() for k, v in net.state_dict().items()}, str(tmp_path / "letters.safetensors"))
+    (tmp_path / "net.py").write_text("""from torch import nn
+INPUT_SHAPE, CLASSES = (3, 24, 24), "abcdefghijklmnopqrstuvwxyz"
+class Net(nn.Sequential):
+    def __init__(self): super().__init__(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 26))
+""")
+    look = ["--sample", "50", "--json", "--results", tmp_path]
+    whole = called(cli.diagnose_app, "--teacher", home / "letters.ts", "--input-shape", "3,24,24", "--classes", home / "names.txt", *look)
+    mere = called(cli.diagnose_app, "--teacher", tmp_path / "letters.safetensors", "--arch", f"{tmp_path}/net.py:Net", "--input-shape", "3,24,24", "--classes", home / "names.txt", *look)
+    told = [json.loads(out) for code, out, err in (whole, mere)]
+    assert told[0]["counts"] == told[1]["counts"] and told[0]["classes"] == list(LETTERS)
+    code, out, err = called(cli.diagnose_app, "--teacher", f"{tmp_path}/net.py:Net", *look)                # says shape and names itself
+    assert code == 0 and json.loads(out)["classes"] == list(LETTERS) and err == ""
+    assert called(cli.diagnose_app, "--teacher", tmp_path / "letters.safetensors", *look)[0::2] == (1, "error: " + str(tmp_path / "letters.safetensors")
+        + " holds weights only; name the network they are for: arch=..., on the command line --arch FILE.py:NAME, timm:NAME or torchvision:NAME\n")
+
+
+def test_a_look_is_not_paid_twice(home, tmp_path):
+    "What kd_diagnose asked a black box, kd_distill does not ask again; what a model prints does not come between."
+    (tmp_path / "loud.py").write_text((home / "ask.py").read_text().replace("def label(x):", "def label(x):\n    print('asked')"))
+    words = ["--teacher", f"{tmp_path / 'loud.py'}:label", "--classes", "26", "--input-shape", "3,24,24", "--ledger", tmp_path / "answers.sqlite"]
+    code, out, err = called(cli.diagnose_app, *words, "--n", "200", "--sample", "100", "--json", "--out", tmp_path / "look.svg")
+    assert code == 0 and json.loads(out)["sample"] == 100 and "asked\n" in err and (tmp_path / "look.svg").read_text().startswith("<?xml")
+    paid = lambda: sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT SUM(images) FROM paid").fetchone()[0]
+    assert paid() == 102
+    code, out, err = called(cli.distill_app, *words, "--n", "200", "--balance", "none", "--student", "wrn16_1", "--epochs", "1", "--views", "none", "--out", tmp_path / "run", "--json", "--quiet")
+    assert code == 0 and json.loads(out)["paid"] == paid() == 202, err
 
 
 @pytest.mark.skipif(not (find_spec("onnxruntime") and find_spec("onnx")), reason="needs the extra onnx")

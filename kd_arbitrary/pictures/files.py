@@ -223,6 +223,8 @@ def items(
     else:
         try: kind = _zip if zipfile.is_zipfile(path) else _tar if tarfile.is_tarfile(path) else None
         except OSError as e: raise ValueError(f"{path} cannot be read: {e.strerror}") from e
+        if kind is None and _ends(path.name, ARCHIVES):
+            raise ValueError(f"{path} is damaged: no archive can be read from it; was it copied as a whole?")
         if kind is None: raise ValueError(f"{path} is neither a folder nor a .zip or .tar archive")
         yield from kind(path)
 

@@ -7,6 +7,7 @@ __all__ = ['TOLERANCE', 'make_student', 'save_student', 'load_student', 'portabl
 
 # %% ../../nbs/students/04_export.ipynb #export-imports
 import copy
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 # %% ../../nbs/students/04_export.ipynb #export-imports-core
 from ..core import generator, pick
 from ..storage import load_tensors, save_tensors, write_atomic
-from ..teachers.adapters import Onnx, need
+from ..teachers.adapters import Onnx, need, of_file
 from ..teachers.networks import MODELS, ConvPool, Normalize, PairNorm, make_model
 from ..teachers.training import evaluating
 
@@ -27,8 +28,53 @@ class _Colours(nn.Module):
     def forward(self, x): return x.expand(-1, 3, -1, -1)
 
 
+def _timm(
+    name: str,  # of timm
+    shape: tuple[int, int, int],  # (C, H, W)
+    num_classes: int,
+) -> nn.Module:
+    "A network of timm for images of that shape."
+    library = need("timm", "timm")
+    config = library.get_pretrained_cfg(name) if library.is_model(name) else None
+    sized = dict(img_size=shape[1:]) if config and config.fixed_input_size else {}  # transformers are made for one size
+    return library.create_model(name, pretrained=False, num_classes=num_classes, in_chans=shape[0], **sized)
+
+
+def _of_file(
+    spec: str,  # FILE.py:NAME of a network, or of what makes one
+    shape: tuple[int, int, int],  # given to it, if it takes `shape`
+    num_classes: int,  # likewise
+    seed: int,  # of the first weights
+) -> nn.Module:
+    "A network of a Python file."
+    make, known = of_file(spec)[0], dict(shape=shape, num_classes=num_classes)
+    if isinstance(make, nn.Module): return make
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        net = make(**{k: v for k, v in known.items() if k in inspect.signature(make).parameters})
+    if not isinstance(net, nn.Module): raise ValueError(f"{spec} makes a {type(net).__name__}; expected a network")
+    return net
+
+
+def _fitting(
+    net: nn.Module,
+    spec: str,  # of it
+    shape: tuple[int, int, int],  # of the images
+    num_classes: int,  # of logits
+) -> nn.Module:  # the network
+    "Refuse a network that does not fit images and classes."
+    try:
+        with evaluating(net), torch.no_grad(): answer = net(torch.rand(2, *shape, generator=generator("fitting")))
+    except Exception as e:
+        raise ValueError(f"{spec} cannot take images of {tuple(shape)}: {e}; name another student (--student)") from e
+    if list(getattr(answer, "shape", [])) != [2, num_classes]:
+        raise ValueError(f"{spec} gives {list(getattr(answer, 'shape', []))} for 2 images of {num_classes} classes; "
+                         f"expected [2, {num_classes}] (--student)")
+    return net
+
+
 def make_student(
-    spec: str,  # a name of `MODELS`, "timm:NAME" or "torchvision:NAME"
+    spec: str,  # a name of `MODELS`, "timm:NAME", "torchvision:NAME", or "FILE.py:NAME"
     shape: tuple[int, int, int],  # (C, H, W) of the images
     num_classes: int,  # of logits
     seed: int = 0,  # of the first weights
@@ -36,13 +82,13 @@ def make_student(
     "A new network by its name, untrained."
     library, colon, name = spec.partition(":")
     if not colon: return make_model(spec, shape, num_classes, seed)
+    if library.endswith(".py"): return _fitting(_of_file(spec, shape, num_classes, seed), spec, shape, num_classes)
     pick(dict.fromkeys(("timm", "torchvision")), library, "library of networks")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             if library == "timm":
-                net = need("timm", "timm").create_model(name, pretrained=False, num_classes=num_classes,
-                                                        in_chans=shape[0])
+                net = _timm(name, shape, num_classes)
             else:
                 from torchvision.models import get_model
                 net = get_model(name, weights=None, num_classes=num_classes)
@@ -50,7 +96,7 @@ def make_student(
             raise ValueError(f"{library} has no network {name!r}: {e}; "
                              f"expected one of {', '.join(MODELS)}, or another name") from e
     front = [Normalize()] + ([_Colours()] if library == "torchvision" and shape[0] == 1 else [])
-    return nn.Sequential(*front, net)
+    return _fitting(nn.Sequential(*front, net), spec, shape, num_classes)
 
 # %% ../../nbs/students/04_export.ipynb #export-keep
 def save_student(

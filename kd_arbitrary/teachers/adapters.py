@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTERS', 'WRAPPERS', 'KINDS', 'TOLD', 'QUESTION', 'Found', 'Prepare', 'from_top', 'Shares', 'safetensors',
            'pickled', 'Program', 'exported', 'torchscript', 'Onnx', 'onnx', 'torchvision', 'timm', 'Logits', 'hf',
-           'python', 'find', 'what_it_gives', 'load_teacher']
+           'of_file', 'python', 'find', 'what_it_gives', 'load_teacher']
 
 # %% ../../nbs/teachers/06_adapters.ipynb #adapters-imports
 import difflib
@@ -416,12 +416,10 @@ def _made(
     return thing() if isinstance(thing, type) or not asks else thing
 
 
-@ADAPTERS.add(ends=(".py",))
-def python(
-    spec: str,  # FILE.py:NAME of a network, a function of images, or what makes one of them; the file is run
-    options: dict,  # none
-) -> Found:
-    "A function, or a network, of a Python file, and what the file says of it."
+def of_file(
+    spec: str,  # FILE.py:NAME; the file is run
+) -> tuple[Callable, dict]:  # what has that name, and all names of the file
+    "Something callable of a Python file."
     path, _, name = str(spec).rpartition(":")
     if not path or not Path(path).is_file():
         raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
@@ -430,12 +428,22 @@ def python(
     if not callable(getattr(module, name, None)):
         there = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise ValueError(f"{path} has no function or network {name!r}; it has {', '.join(there) or 'none'}")
-    thing = _made(getattr(module, name))
+    return getattr(module, name), vars(module)
+
+
+@ADAPTERS.add(ends=(".py",))
+def python(
+    spec: str,  # FILE.py:NAME of a network, a function of images, or what makes one of them; the file is run
+    options: dict,  # none
+) -> Found:
+    "A function, or a network, of a Python file, and what the file says of it."
+    thing, said = of_file(spec)
+    thing, (path, _, name) = _made(thing), str(spec).rpartition(":")
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
     if not isinstance(thing, nn.Module):
         thing = partial(_careful, thing, f"{name} of {path}")
         thing.fingerprint = f"{name} of {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
-    return Found(thing, **{k: getattr(module, upper, None) for k, upper in TOLD.items()})
+    return Found(thing, **{k: said.get(upper) for k, upper in TOLD.items()})
 
 
 def _careful(
@@ -612,10 +620,9 @@ def _doubt(
     sums = answer.sum(1)
     alike = ((sums - sums[0]).abs() < 1e-3 * sums[0]).all()                   # percentages, for instance
     if not (answer >= 0).all() or not ((answer <= 1).all() or alike): return ""
-    return ("no answer of the teacher is negative, and those for an image sum to "
-            f"{sums[(sums - 1).abs().argmax()]:.4g}, "
-            "not to 1: are they logits (gives='logits', --gives logits), or independent labels (multi_label=True, "
-            "--multi-label)?")
+    odd = sums[(sums - 1).abs().argmax()]
+    return (f"no answer of the teacher is negative, and those for an image sum to {odd:.4g}, not to 1: are they "
+            "logits (gives='logits', --gives logits), or independent labels (multi_label=True, --multi-label)?")
 
 
 def _check_kind(
