@@ -429,8 +429,8 @@ def _benchmark_run(
 ) -> Run:
     "The run of a benchmark's teacher, with what is meant where nothing is said."
     if is_own(asked.teacher):
-        raise ValueError(f"--target names a teacher, and so does --teacher {asked.teacher}; leave out --target, and judge "
-                         "the student by --test FOLDER")
+        raise ValueError(f"--target names a teacher, and so does --teacher {asked.teacher}; leave out --target, "
+                         "and judge the student by --test FOLDER")
     _misplaced(asked, TEACHERS_OWN, "a teacher of your own; leave them out, or name it with --teacher")
     target = asked.target or "digits"
     source = asked.source or SHOWN.get(target, MIXTURE)

@@ -66,8 +66,9 @@ def check_job(
     LOSSES.pick(job.loss)
     if job.views is not None: make_views(job.views)
     if job.balance is not None: STRATEGIES.pick(job.balance)
-    if not job.temperature > 0: raise ValueError(f"temperature must be positive, got {job.temperature}; 1 to 20 are usual")
-    if job.lr is not None and not job.lr > 0: raise ValueError(f"lr must be positive, got {job.lr}; 0.001 to 0.01 are usual")
+    for name, usual in dict(temperature="1 to 20", lr="0.001 to 0.01").items():
+        if (value := getattr(job, name)) is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}; {usual} are usual (--{name})")
     for name in ("n", "epochs", "batch_size", "cached_views", "limit"):
         if (value := getattr(job, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value} (--{name.replace('_', '-')})")
@@ -89,8 +90,9 @@ def settle(
     views = job.views or ("none" if job.budget else "affine+mixup")
     most = min(x for x in (job.n or IMAGES, size, _affordable(job, views)) if x is not None)
     if most < len(teacher.classes):
-        raise ValueError(f"{most:,} images cannot cover {len(teacher.classes):,} classes; ask for more (--n, "
-                         "--budget), or mix a few pictures with drawn ones: --source \"0.5*folder(path='PICTURES')+0.5*strokes\"")
+        raise ValueError(f"{most:,} images cannot cover {len(teacher.classes):,} classes; ask for more "
+                         "(--n, --budget), or mix a few pictures with drawn ones, as in --source "
+                         "\"0.5*folder(path='PICTURES')+0.5*strokes\"")
     out = dict(student=student, n=most, views=views, empty=job.empty or ("keep" if job.budget else "refuse"),
                recheck=_recheck(job), balance=job.balance or _balance(job, teacher))
     if job.budget: out |= dict(limit=min(x for x in (job.limit, _affordable(job, "none")) if x is not None))
