@@ -364,6 +364,19 @@ class Logits(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return self.model(pixel_values=x).logits
 
 
+@contextmanager
+def _without_bars(
+    library,  # transformers
+) -> Iterator[None]:
+    "A block in which it shows no progress of its own."
+    logging = library.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
+
 def _classifier(
     name: str,  # a folder, or a name of the hub
     trusted: bool,  # weights may be pickled
@@ -373,7 +386,7 @@ def _classifier(
     if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name} does not exist; expected a folder of save_pretrained, or a name of the hub")
     try:
-        with _fetching(f"hf:{name}", "hf:FOLDER reads one that was saved with save_pretrained"):
+        with _fetching(f"hf:{name}", "hf:FOLDER reads one that was saved with save_pretrained"), _without_bars(library):
             kind, safe = library.AutoModelForImageClassification, None if trusted else True
             return kind.from_pretrained(name, use_safetensors=safe)
     except FileNotFoundError as e:
