@@ -1,5 +1,5 @@
 """Processes for the tests, forked from one that has imported everything: a test that needs ten of them waits for what they do."""
-import multiprocessing, os, sys, tempfile, time
+import multiprocessing, os, signal, sys, tempfile, time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -51,6 +51,7 @@ def _begin(said: Path, environ: dict, function, arguments) -> None:
         os.dup2(file, number)
         os.close(file)
     os.environ.update(environ)
+    signal.signal(signal.SIGINT, signal.default_int_handler)          # which the workers of pytest-xdist ignore
     function(*arguments)
 
 

@@ -44,6 +44,11 @@ def sections(there: set[str]) -> dict[str, list[str]]:
     return table
 
 
+def pages(text: str) -> str:
+    "Markdown whose links to notebooks lead to their pages."
+    return re.sub(r"\]\(((?!\w+:)[^)#\s]+)\.ipynb", lambda m: f"]({page(m[1])}.ipynb", text)
+
+
 def linked(text: str, symbols: dict[str, str]) -> str:
     "Markdown with symbols in backticks as links, notebook links as page links, and Quarto's callouts as admonitions."
     def link(match):
@@ -52,7 +57,7 @@ def linked(text: str, symbols: dict[str, str]) -> str:
     parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)     # code fences stay as they are
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(?<![`\[{}\w])`([\w.]+(?:\(\))?)`(?![`\]])", link, parts[i])
-        parts[i] = re.sub(r"\]\(((?!\w+:)[^)#\s]+)\.ipynb", lambda m: f"]({page(m[1])}.ipynb", parts[i])
+        parts[i] = pages(parts[i])
         parts[i] = re.sub(r"^(:::+) *\{\.callout-(\w+)[^}\n]*\}", r"\1{\2}", parts[i], flags=re.M)
     return "".join(parts)
 
@@ -75,6 +80,8 @@ def write_page(path: str, module: str | None, folder: Path, symbols: dict, extra
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             hidden = [("echo:", "remove-input"), ("output:", "remove-output")]
             cell.metadata = {"tags": [tag for key, tag in hidden if flags.get(key) == ["false"]]}
+            for shown in (output.get("data", {}) for output in cell.get("outputs", ())):
+                if "text/markdown" in shown: shown["text/markdown"] = pages("".join(shown["text/markdown"]))
             cells.append(cell)
     out = folder / f"{page(path)}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
