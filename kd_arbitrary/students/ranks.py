@@ -128,11 +128,13 @@ class Ranks(Alone):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        lost = error is not None and (_lost(error) or isinstance(error, RankLost))
+        # torchrun ends the others too: what is to be said is said first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if lost else self._before)
         if error is None:
             self.wait()
             dist.destroy_process_group()
-        elif _lost(error): raise RankLost(GONE) from error
+        elif lost: raise RankLost(GONE) from error
 
     def part(self, n: int) -> tuple[slice, float]: return part(n, self.rank, self.world)
 
