@@ -31,7 +31,7 @@ def shown(output: dict, name: str, figures: dict[str, bytes]) -> str:
         path = f"{FIGURES}/{name}.{suffix}"
         figures[path] = data[kind].encode() if suffix == "svg" else base64.b64decode(data[kind])
         return f"![]({path})"
-    if "text/markdown" in data: return data["text/markdown"].strip()
+    if "text/markdown" in data: return prose(data["text/markdown"].strip())
     if "text/html" in data: return re.sub(r"<style.*?</style>\n*", "", data["text/html"], flags=re.S).strip()
     text = data.get("text/plain") or "".join(output.get("text", []))
     return "\n".join(f"    {line}".rstrip() for line in text.rstrip().splitlines())

@@ -7,6 +7,7 @@ __all__ = ['SHARED', 'roles', 'gains', 'Effect', 'mixed_effect', 'cluster_bootst
 
 # %% ../../nbs/studies/07_effects.ipynb #effects-imports
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +122,17 @@ def budget_for(
     return float(np.exp(x[i - 1] + share * (x[i] - x[i - 1])))
 
 
+def _beside_control(
+    frame: pd.DataFrame,  # of `records_frame`
+    way: str,  # a value of the column balance
+    against: str,  # the control
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:  # (runs of the way, runs of the control)
+    "The finished runs of each target, source and teacher whose control has a curve."
+    for _, cell in frame[frame.status == "done"].groupby(["target", "source", "teacher_seed"]):
+        control = cell[cell.balance == against]
+        if len(control) > 1: yield cell[cell.balance == way], control
+
+
 def saved(
     frame: pd.DataFrame,  # of `records_frame`, one target, source and kind of views or several
     way: str,  # a value of the column balance
@@ -128,16 +140,14 @@ def saved(
     against: str = "none",
 ) -> pd.DataFrame:  # a row a run: target, role, teacher_seed, budget, accuracy, times (ratio), beyond (bool)
     "How many times the budget of each run its control would need, teacher by teacher."
-    done, rows = frame[frame.status == "done"], []
-    for (target, source, teacher), cell in done.groupby(["target", "source", "teacher_seed"]):
-        control = cell[cell.balance == against]
-        if len(control) < 2: continue
-        for _, run in cell[cell.balance == way].iterrows():
+    rows = []
+    for runs, control in _beside_control(frame, way, against):
+        for _, run in runs.iterrows():
             need = budget_for(control[budget].to_numpy(), control.accuracy.to_numpy(), run.accuracy)
             most = control[budget].max()
-            rows.append(dict(target=target, source=source, teacher_seed=teacher, n=run.n, updates_aim=run.updates_aim,
-                             budget=run[budget],
-                             accuracy=run.accuracy, times=min(need, most) / run[budget], beyond=need > most))
+            rows.append(dict(target=run.target, source=run.source, teacher_seed=run.teacher_seed, n=run.n,
+                             updates_aim=run.updates_aim, budget=run[budget], accuracy=run.accuracy,
+                             times=min(need, most) / run[budget], beyond=need > most))
     out = pd.DataFrame(rows,
                        columns=["target", "source", "teacher_seed", "n", "updates_aim", "budget", "accuracy", "times",
                                 "beyond"])
@@ -151,11 +161,10 @@ def at_equal(
     against: str = "none",
 ) -> pd.DataFrame:  # one row a run within the control's budgets: target, role, teacher_seed, n, budget, gain (points)
     "What each run gains over a control of the same budget, interpolated between the control's runs of its teacher."
-    done, rows = frame[frame.status == "done"], []
-    for (target, source, teacher), cell in done.groupby(["target", "source", "teacher_seed"]):
-        control = cell[cell.balance == against].sort_values(budget)
-        if len(control) < 2: continue
-        runs = cell[(cell.balance == way) & cell[budget].between(control[budget].min(), control[budget].max())]
+    rows = []
+    for runs, control in _beside_control(frame, way, against):
+        control = control.sort_values(budget)
+        runs = runs[runs[budget].between(control[budget].min(), control[budget].max())]
         x, known = (np.log(part[budget].astype(float)) for part in (runs, control))
         expected = np.interp(x, known, control.accuracy)
         rows.append(runs.assign(budget=runs[budget], gain=100 * (runs.accuracy - expected)))

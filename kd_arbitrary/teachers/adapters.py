@@ -108,6 +108,14 @@ def _cut(
     return textwrap.shorten(str(e), most, placeholder=" ...")
 
 
+def _untrusted(
+    what: str,  # what is a pickle
+) -> ValueError:
+    "What to say of a file that could run code."
+    return ValueError(f"{what}, which can run any code when it is opened; "
+                      "pass allow_pickle=True (--allow-pickle) if you trust it, or save it as safetensors")
+
+
 def _into(
     arch: nn.Module | None,  # the network the weights are for
     weights: dict,  # name to tensor
@@ -159,8 +167,7 @@ def pickled(
 ) -> Found:
     "A pickled network or pickled weights, if the file is trusted."
     if not options["allow_pickle"]:
-        raise ValueError(f"{path} is a pickle, which can run any code when it is opened; "
-                         "pass allow_pickle=True (--allow-pickle) if you trust it, or save it as safetensors")
+        raise _untrusted(f"{path} is a pickle")
     try: what = torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as e:
         raise ValueError(f"{path} needs code that is not here: {e}; add its folder to PYTHONPATH, or save the weights "
@@ -391,8 +398,7 @@ def _classifier(
             return kind.from_pretrained(name, use_safetensors=safe)
     except FileNotFoundError as e:
         if trusted or not list(Path(name).glob("*.bin")): raise
-        raise ValueError(f"{name} has its weights as a pickle only, which can run any code when it is opened; "
-                         "pass allow_pickle=True (--allow-pickle) if you trust it, or save it as safetensors") from e
+        raise _untrusted(f"{name} has its weights as a pickle only") from e
 
 
 @ADAPTERS.add
