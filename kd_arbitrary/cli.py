@@ -38,7 +38,7 @@ from .pictures.sources import make_source
 from .students.ranks import ranks
 from .studies.grids import MIXTURE
 from .studies.jobs import execute_job
-from .studies.own import Job, check_job, job_teacher
+from .studies.own import Job, check_job, job_teacher, planned
 from .studies.records import find_record, read_records, write_record
 from .studies.report import find_runs, report_data, write_report
 from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
@@ -469,7 +469,7 @@ def kd_diagnose(
     source: Annotated[str | None,
                       _unsaid("Where images would come from: {drawn}; real pictures: {real}; "
                               "made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
-    n: Annotated[int, _option("Images in the set that is planned.")] = 20_000,
+    n: Annotated[int | None, _unsaid("Images in the set that is planned", "20,000, or all there are", min=1)] = None,
     sample: Annotated[int | None, _unsaid("Images to look at", "2,000, fewer where they are large, a tenth of a "
                                           "budget", min=1)] = None,
     described: dict | None = None,
@@ -502,7 +502,7 @@ def kd_diagnose(
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
                    else job_teacher(job, ledger or _kept(job), device))
         source = make_source(job.source, who.input_shape, root, teacher=who, n=sample or GENERATED, seed=seed)
-        with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
+        with redirect_stdout(sys.stderr): found = diagnose(source, who, planned(job, source.size), sample, seed)
         alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
         if out: write_atomic(out, _drawn(found, out.suffix))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike)) if as_json else f"{found}\n{reached_text(alike)}")

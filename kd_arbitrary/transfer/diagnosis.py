@@ -70,6 +70,7 @@ class Diagnosis:
     queries: dict  # way to balance -> images the teacher would be asked about
     seconds: dict  # way to balance -> seconds of the processor, for a service of the clock, from the pace of this look
     advice: str  # one sentence
+    size: int | None = None  # images there are; None: any number
 
     @property
     def never(self) -> tuple[str, ...]:
@@ -91,11 +92,13 @@ class Diagnosis:
         there, rare = len(self.classes) - len(self.never), ", ".join(self.never[:10])
         often = lambda x: "more than can be told" if x == float("inf") else f"{x:,.0f}"
         draws, low, high = map(often, self.draws)
+        short = self.size is not None and self.draws[0] > self.size
         never = [f"never seen: {rare}{' ...' if len(self.never) > 10 else ''}"] if self.never else []
         return [f"{self.source}: {self.sample:,} images, {there} of {len(self.classes)} classes seen",
                 f"entropy {self.entropy:.2f} (1 is even), confidence {self.confidence:.0%}, "
                 f"effective rank {self.effective_rank:.1f}", *never,
-                f"draws for {self.n:,} images with even classes: {draws} (95 %: {low} to {high})"]
+                f"draws for {self.n:,} images with even classes: {draws} (95 %: {low} to {high})"
+                + (f", and there are {self.size:,}" if short else "")]
 
     def __str__(self):
         costs = [f"  {way:<13} {self.queries[way]:>10,.0f} questions {self.seconds[way]:>8,.0f} s"
@@ -197,15 +200,18 @@ def _costs(
     teacher: Teacher,
     n: int,  # images in the set
     each: float,  # questions about an image: more than one for an image that is made by questions
+    size: int | None,  # images there are
 ) -> tuple[dict, dict]:  # way to balance -> questions, seconds
     "What every way to balance takes that this teacher allows."
     counts, queries, seconds, paces = seen.counts, {}, {}, {None: 0.0}
-    draws, short = draws_needed(counts, n)[0], float((n / len(counts) - n * counts / len(seen)).clamp_min(0).sum())
+    draws = min(draws_needed(counts, n)[0], size or float("inf"))  # what there is, is drawn once
+    short = float((n / len(counts) - n * counts / len(seen)).clamp_min(0).sum())
     for way, known in STRATEGIES.facts.items():
         if known.get("nudges") and not teacher.whitebox: continue
         drawn, asked, steps = _cost(known | (dict(candidates=1) if each > 1 else {}), n, draws, short)
         work = known.get("weighs")
         if work not in paces: paces[work] = _pace(work, seen.images[:256])
+        drawn = min(drawn, size or drawn)
         queries[way] = asked + drawn * (each - 1)
         seconds[way] = drawn * (drawing + paces[work]) + (asked + steps) * asking
     return queries, seconds
@@ -227,8 +233,8 @@ def diagnose(
     told, draws = _diagnose_set(seen), draws_needed(seen.counts, n)
     each = 1 + what.made().get("queries", 0) / len(seen)  # a generated image is asked about while it is made, too
     return Diagnosis(what.text, teacher.classes, n, len(seen), tuple(seen.counts.tolist()), told["entropy"],
-                     told["confidence"], told["effective_rank"], draws, *_costs(seen, *paces, teacher, n, each),
-                     _advice(seen.counts, draws[0] / n, teacher, n))
+                     told["confidence"], told["effective_rank"], draws, *_costs(seen, *paces, teacher, n, each, what.size),
+                     _advice(seen.counts, draws[0] / n, teacher, n, what.size), what.size)
 
 
 def _advice(
@@ -236,20 +242,25 @@ def _advice(
     draws: float,  # that quota needs, an image
     teacher: Teacher,
     n: int,  # images in the set
+    size: int | None,  # images there are
 ) -> str:  # one sentence
-    "What the five rules say."
+    "What the six rules say."
     missing = int((counts == 0).sum())
+    never = f"{missing:,} {'class is' if missing == 1 else 'classes are'} never reached"
     left = teacher.box.ledger.left + int(counts.sum()) if hasattr(teacher, "box") else float("inf")
     if left < n:
         return (f"The budget allows {left:,.0f} images of {n:,}: take balance='uncertain', which asks about those "
                 "whose class is least sure.")
     if missing and teacher.whitebox:
-        return (f"{missing} classes are never reached as drawn: take balance='fill', which nudges images there, "
+        return (f"{never} as drawn: take balance='fill', which nudges images there, "
                 "or add a source that reaches them.")
     if missing:
-        return (f"{missing} classes are never reached and this teacher has no gradients: "
+        return (f"{never} and this teacher has no gradients: "
                 "take another source, or a mixture with one that reaches them.")
     if histogram_entropy(counts) > EVEN: return "The classes are nearly even as drawn: balance has little to do here."
+    if size is not None and draws * n > size:
+        return (f"There are {size:,} images, too few for even classes: balance='repeat' copies those of rare classes; "
+                "mixed with drawn images there is no end of them.")
     if draws <= FEW: return "Every class is within reach by drawing on: take balance='repeat', which changes no image."
     if teacher.whitebox: return f"The rarest class would take {draws:,.0f} draws an image: take balance='fill'."
     return (f"The rarest class would take {draws:,.0f} draws an image: balance='repeat' will copy images of it; "
