@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 # %% ../../nbs/students/04_export.ipynb #export-imports-core
-from ..core import generator, pick
+from ..core import generator, need, pick
 from ..storage import load_tensors, save_tensors, write_atomic
-from ..teachers.adapters import Onnx, need, of_file
+from ..teachers.formats import Onnx, of_file
 from ..teachers.networks import MODELS, ConvPool, Normalize, PairNorm, make_model
 from ..teachers.training import evaluating
 

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% ../../nbs/students/08_ranks.ipynb #ranks-imports-core
-from ..core import ALONE, Alone
-from ..teachers.adapters import need
+from ..core import ALONE, Alone, need
 
 # %% ../../nbs/students/08_ranks.ipynb #ranks-part
 def part(
