@@ -41,7 +41,8 @@ from .studies.jobs import execute_job
 from .studies.own import Job, check_job, job_teacher, planned
 from .studies.records import find_record, read_records, write_record
 from .studies.report import find_runs, report_data, write_report
-from .studies.runs import GIVEN, SIZES, Run, claim, execute, looped, updates
+from .studies.execution import claim, execute
+from .studies.runs import GIVEN, SIZES, Run, looped, updates
 from .studies.tables import reached, reached_text
 from .teachers.networks import MODELS
 from .teachers.recipes import train_teacher

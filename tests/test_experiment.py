@@ -13,7 +13,8 @@ from torchvision.datasets import cifar, svhn
 from kd_arbitrary.experiment import grid_table
 from kd_arbitrary.studies.grids import cifar100_full, smoke
 from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
-from kd_arbitrary.studies.runs import Run, execute, now, passes, steps
+from kd_arbitrary.studies.execution import execute, now
+from kd_arbitrary.studies.runs import Run, passes, steps
 from kd_arbitrary.teachers.recipes import RECIPES
 from kd_arbitrary.transfer.quotas import quotas
 from processes import CONTEXT, Job
