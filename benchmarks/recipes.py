@@ -16,7 +16,7 @@ from kd_arbitrary.core import generator
 from kd_arbitrary.storage import write_atomic
 from kd_arbitrary.pictures.natural import labelled
 from kd_arbitrary.students.evaluate import machine, versions
-from kd_arbitrary.studies.runs import code_version
+from kd_arbitrary.studies.execution import code_version
 from kd_arbitrary.teachers.recipes import _train, load_model, recipe_of
 from kd_arbitrary.teachers.targets import Target
 

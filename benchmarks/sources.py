@@ -17,7 +17,7 @@ from kd_arbitrary.pictures.noise import SOURCES
 from kd_arbitrary.pictures.sources import Source, make_source
 from kd_arbitrary.students.evaluate import machine, versions
 from kd_arbitrary.studies.grids import COLOURED, EVERYTHING, TINY
-from kd_arbitrary.studies.runs import code_version, original
+from kd_arbitrary.studies.execution import code_version, original
 from kd_arbitrary.studies.tables import source_kind
 from kd_arbitrary.teachers.frozen import quick
 from kd_arbitrary.teachers.recipes import train_teacher

@@ -24,14 +24,15 @@ from .students.distill import Distilled, distill, recalibrate
 from .students.evaluate import evaluate
 from .students.export import export_student, load_student, make_student
 from .studies.effects import cluster_bootstrap, gains, mixed_effect, saved
-from .studies.figures import (accuracy_bars, budget_curves, class_histogram, fill_bars, gallery,
-                                          learning_curves, prospects, sheet, summary)
+from .studies.charts import accuracy_bars, budget_curves, learning_curves
+from .studies.figures import class_histogram, fill_bars, gallery, prospects, sheet, summary
 from .studies.grids import GRIDS
 from .studies.jobs import execute_job
 from .studies.own import Job
 from .studies.records import read_records, run_grid
 from .studies.report import write_report
-from .studies.runs import Run, execute
+from .studies.execution import execute
+from .studies.runs import Run
 from .studies.tables import records_frame, results_table
 from .teachers.adapters import load_teacher
 from .teachers.black_box import behind_ledger, serve

@@ -23,7 +23,8 @@ from kd_arbitrary.options import (
     Debug, Device, Plugin, Quiet, Root, Version, _Listing, _app, _device, _load_plugins, _say, _unsaid,
     exit_with,
 )
-from .studies.grids import GRIDS, estimate, select, step_flops
+from .studies.estimates import estimate, step_flops
+from .studies.grids import GRIDS, select
 from .studies.records import grid_status, read_records, run_grid
 from .studies.runs import GIVEN, Run, updates
 from .studies.tables import SETTING, grid_frame, results_table

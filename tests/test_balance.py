@@ -10,7 +10,7 @@ from kd_arbitrary.transfer.balance import STRATEGIES, balance
 from kd_arbitrary.transfer.quotas import FillReport, quotas
 from kd_arbitrary.transfer.sets import count_distinct
 
-pytestmark = pytest.mark.filterwarnings("ignore:class .* got no image")      # asked for by empty="keep"
+pytestmark = pytest.mark.filterwarnings("ignore:class.* got no image")      # asked for by empty="keep"
 SHAPE = (1, 8, 8)
 
 

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kd_arbitrary import cli
+from kd_arbitrary.studies import comparison
 from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.studies.grids import GRIDS
 from kd_arbitrary.studies.runs import Run
@@ -130,7 +131,7 @@ def test_a_full_disk_harms_nothing(done, monkeypatch, call):
 
 
 def test_a_small_set_beside_the_large_one(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SCARCE", cli.SCARCE | dict(updates=10))
+    monkeypatch.setattr(comparison, "SCARCE", comparison.SCARCE | dict(updates=10))
     told = json.loads(distill(*QUICK, "--few", 40, "--root", root, "--out", tmp_path, "--json").stdout)
     small = [told[f"few-{name}"] for name in ("unbalanced", "balanced", "queries")]
     assert [r["config"]["n"] for r in small[:2]] == [40, 40] and [r["config"]["balance"] for r in small] == ["none", "fill", "none"]

@@ -9,7 +9,8 @@ from kd_arbitrary.pictures.natural import OFFICIAL, fetch
 from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.students.distill import distill
 from kd_arbitrary.studies.records import find_record, read_records, run_grid
-from kd_arbitrary.studies.runs import Run, execute
+from kd_arbitrary.studies.execution import execute
+from kd_arbitrary.studies.runs import Run
 from kd_arbitrary.teachers import training
 from kd_arbitrary.teachers.networks import make_model
 from kd_arbitrary.teachers.teacher import Teacher

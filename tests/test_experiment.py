@@ -13,7 +13,8 @@ from torchvision.datasets import cifar, svhn
 from kd_arbitrary.experiment import grid_table
 from kd_arbitrary.studies.grids import cifar100_full, smoke
 from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
-from kd_arbitrary.studies.runs import Run, execute, now, passes, steps
+from kd_arbitrary.studies.execution import execute, now
+from kd_arbitrary.studies.runs import Run, passes, steps
 from kd_arbitrary.teachers.recipes import RECIPES
 from kd_arbitrary.transfer.quotas import quotas
 from processes import CONTEXT, Job
@@ -125,7 +126,7 @@ def published(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:class .* got no image")
+@pytest.mark.filterwarnings("ignore:class.* got no image")
 def test_cells_of_cifar100_run_on_stand_ins(published, tmp_path):
     wanted = [("svhn", "none", "running"), ("svhn", "fill", "running"), ("gaussian", "fill", "batch"), ("original", "none", "running")]
     cells = [run for run in cifar100_full() if run.seed == 0 and (run.source, run.balance, run.teacher_bn) in wanted and run.teacher == "wrn40_2"]
@@ -140,7 +141,7 @@ def test_cells_of_cifar100_run_on_stand_ins(published, tmp_path):
     assert (table == "not run").sum().sum() == 2 and table.map(lambda cell: cell.endswith("(1)")).sum().sum() == 4
 
 
-@pytest.mark.filterwarnings("ignore:class .* got no image")
+@pytest.mark.filterwarnings("ignore:class.* got no image")
 @pytest.mark.parametrize("balance", ["none", "quota", "repeat", "reweight", "fill"])
 def test_updates_are_met_whatever_is_left_of_a_finite_source(root, tmp_path, balance):
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (450, 28, 28), dtype=np.uint8))

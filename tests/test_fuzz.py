@@ -13,7 +13,8 @@ from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.pictures.files import load_folder
 from kd_arbitrary.pictures.natural import fetch, load_array, load_picture
 from kd_arbitrary.studies.records import RecordError, load_record, write_record
-from kd_arbitrary.studies.runs import Run, claim
+from kd_arbitrary.studies.execution import claim
+from kd_arbitrary.studies.runs import Run
 from kd_arbitrary.teachers.networks import make_model
 from kd_arbitrary.teachers.recipes import load_model, save_model
 from kd_arbitrary.teachers.teacher import Teacher

@@ -10,7 +10,8 @@ from kd_arbitrary.teachers import recipes, training
 from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.students import adversarial
 from kd_arbitrary.studies.records import find_record, load_record, run_grid, write_record
-from kd_arbitrary.studies.runs import Run, execute
+from kd_arbitrary.studies.execution import execute
+from kd_arbitrary.studies.runs import Run
 from processes import Job
 
 RUN = Run(target="digits", source="0.5*strokes + 0.5*pyramid", n=260, epochs=4, batch_size=64)

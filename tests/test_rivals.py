@@ -8,7 +8,8 @@ from torch import nn
 from kd_arbitrary.storage import load_tensors
 from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.studies.records import find_record, load_record, write_record
-from kd_arbitrary.studies.runs import Run, execute
+from kd_arbitrary.studies.execution import execute
+from kd_arbitrary.studies.runs import Run
 from kd_arbitrary.teachers.teacher import Teacher
 from kd_arbitrary.transfer import rivals
 from processes import Job, kd_distill as kd

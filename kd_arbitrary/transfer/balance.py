@@ -503,10 +503,12 @@ def _empty_classes(
     "Refuse or warn when a class has no image; the control, `none`, may have what it has."
     lacking = (work.accepted + work.perturbed == 0) & (work.want > 0)
     if work.strategy == "none" or not lacking.any(): return
-    names = ", ".join(repr(work.teacher.classes[c]) for c in lacking.nonzero()[:, 0])
-    nudges, greater = STRATEGIES.facts[work.strategy].get("nudges"), "another source, or a greater limit"
-    remedy = "another source" if nudges else f"strategy='fill', {greater}" if work.teacher.whitebox else greater
-    message = (f"class {names} got no image: the teacher never saw it in {int(work.seen.sum()):,} images of "
-               f"{work.source.text}; try {remedy}")
-    if work.settings.empty == "refuse": raise ValueError(message + ", or pass empty='keep' to go on without it")
+    names = [repr(work.teacher.classes[c]) for c in lacking.nonzero()[:, 0]]
+    named = f"class{'es' * (len(names) > 1)} {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+    nudges, more = STRATEGIES.facts[work.strategy].get("nudges"), "another source or a greater limit (--limit)"
+    ways = "another source" if nudges else f"fill (--balance fill), {more}" if work.teacher.whitebox else more
+    message = (f"{named} got no image: the teacher never saw {'them' if len(names) > 1 else 'it'} in "
+               f"{int(work.seen.sum()):,} images of {work.source.text}; try {ways}")
+    if work.settings.empty == "refuse":
+        raise ValueError(message + ", or go on without: empty='keep' (--empty keep)")
     warnings.warn(message, stacklevel=4)
