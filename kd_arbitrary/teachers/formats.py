@@ -42,7 +42,8 @@ def _into(
     if not isinstance(arch, nn.Module) and (k := _outputs(found.model, weights)): found = arch(k)
     try: found.model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"the weights in {path} are not those of {type(found.model).__name__}: {in_short(e)}") from None
+        raise ValueError(f"the weights in {path} are not those of {type(found.model).__name__}: "
+                         f"{in_short(e)}") from None
     return found
 
 

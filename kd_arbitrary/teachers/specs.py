@@ -41,7 +41,8 @@ def find(
 ) -> Found:
     "What the specification says of its teacher."
     if not isinstance(spec, (str, Path)): return Found(spec)
-    if isinstance(options.get("arch"), str): options = options | dict(arch=partial(_architecture, options["arch"], options))
+    if isinstance(arch := options.get("arch"), str):
+        options = options | dict(arch=partial(_architecture, arch, options))
     kind, colon, rest = str(spec).partition(":")
     if colon and kind in ADAPTERS and "ends" not in ADAPTERS.facts[kind]: return ADAPTERS[kind](rest, options)
     if kind in ("http", "https"): raise ValueError("for an endpoint, import kd_arbitrary.teachers.black_box first")
