@@ -135,6 +135,7 @@ def build(out: Path) -> int:
         html_css_files=["styles.css"], html_sidebars={"index": []}, html_copy_source=False, html_show_sphinx=False,
         html_theme_options=dict(
             navigation_with_keys=False, navbar_align="left", navbar_end=["theme-switcher"], show_toc_level=2,
+            header_links_before_dropdown=8,
             secondary_sidebar_items=["page-toc"], footer_start=["copyright"], footer_end=[], back_to_top_button=False))
     app = Sphinx(source, None, out, out.parent / "doctrees", "html", confoverrides=settings, status=None,
                  freshenv=True, warningiserror=True)

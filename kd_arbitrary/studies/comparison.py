@@ -156,8 +156,11 @@ def table(
 
 def listing(
     files: list[str],  # paths
-) -> str:  # one line a folder
-    "The files that were written, by folder."
-    folders = {}
-    for f in map(Path, files): folders.setdefault(f.parent, []).append(f.name)
-    return "\n".join(f"{folder}/  {', '.join(names)}" for folder, names in folders.items())
+) -> str:  # e.g. run/{balanced,unbalanced}/  KEY.json, student.safetensors
+    "The files that were written, a line for folders that hold the same; KEY stands for the key of a run."
+    folders, alike = {}, {}
+    for f in map(Path, files): folders.setdefault(f.parent, []).append(re.sub(r"^[0-9a-f]{16}\.", "KEY.", f.name))
+    for folder, names in folders.items(): alike.setdefault((folder.parent, ", ".join(sorted(names))), []).append(folder)
+    shown = {(parent / f"{{{','.join(f.name for f in those)}}}" if len(those) > 1 else those[0]): names
+             for (parent, names), those in alike.items()}
+    return "\n".join(f"{folder}/  {names}" for folder, names in sorted(shown.items(), key=lambda x: len(x[0].parts)))

@@ -49,8 +49,8 @@ class Job(Lesson, Balancing):
     input_range: tuple[float, float] | None = option(None, "What black and white are to it",
                                                      unsaid="as the teacher says, else 0,1")
     multi_label: bool = option(False, "Its answers are those of independent labels")
-    arch: str | None = option(None, "Network that a file of mere weights is for: file.py:NAME, timm:NAME, "
-                                    "torchvision:NAME", unsaid="none")
+    arch: str | None = option(None, "Network that a file of mere weights is for, with its preparation: file.py:NAME, "
+                                    "timm:NAME, torchvision:NAME", unsaid="none")
     allow_pickle: bool = option(False, "Open files that can run code")
     budget: int | None = option(None, "Images a black box may be asked about in all", unsaid="any number")
     recheck: float | None = option(None, "Share of a black box's questions asked twice, to see whether answers change",

@@ -30,18 +30,32 @@ from .specs import ADAPTERS, Found, in_short, untrusted
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-weights
 def _into(
-    arch: nn.Module | None,  # the network the weights are for
+    arch: nn.Module | Callable | None,  # the network the weights are for, or what finds it, given the number of classes
     weights: dict,  # name to tensor
     path: Path,  # where they come from, for the message
 ) -> Found:
-    "Foreign weights in the network they were made for."
+    "Foreign weights in the network they were made for, with as many outputs as they have."
     if arch is None:
         raise ValueError(f"{path} holds weights only; name the network they are for: arch=..., on the command line "
                          "--arch FILE.py:NAME, timm:NAME or torchvision:NAME")
-    try: arch.load_state_dict(weights)
+    found = Found(arch) if isinstance(arch, nn.Module) else arch()
+    if not isinstance(arch, nn.Module) and (k := _outputs(found.model, weights)): found = arch(k)
+    try: found.model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"the weights in {path} are not those of {type(arch).__name__}: {in_short(e)}") from None
-    return Found(arch)
+        raise ValueError(f"the weights in {path} are not those of {type(found.model).__name__}: "
+                         f"{in_short(e)}") from None
+    return found
+
+
+def _outputs(
+    model: nn.Module,  # with another number of outputs, perhaps
+    weights: dict,  # name to tensor
+) -> int | None:  # None: nothing differs, or more than the outputs
+    "The number of outputs that weights are for, where nothing else differs."
+    own = model.state_dict()
+    differ = {(tuple(own[n].shape), tuple(w.shape)) for n, w in weights.items() if n in own and own[n].shape != w.shape}
+    sizes = {(old[0], new[0]) for old, new in differ if old and new and old[1:] == new[1:]}
+    return sizes.pop()[1] if len(sizes) == 1 and all(old[1:] == new[1:] for old, new in differ) else None
 
 
 @ADAPTERS.add(ends=(".safetensors",))

@@ -10,7 +10,8 @@ import difflib
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ def find(
 ) -> Found:
     "What the specification says of its teacher."
     if not isinstance(spec, (str, Path)): return Found(spec)
-    if isinstance(options.get("arch"), str): options = options | dict(arch=_architecture(options["arch"], options))
+    if isinstance(arch := options.get("arch"), str):
+        options = options | dict(arch=partial(_architecture, arch, options))
     kind, colon, rest = str(spec).partition(":")
     if colon and kind in ADAPTERS and "ends" not in ADAPTERS.facts[kind]: return ADAPTERS[kind](rest, options)
     if kind in ("http", "https"): raise ValueError("for an endpoint, import kd_arbitrary.teachers.black_box first")
@@ -59,12 +61,14 @@ def find(
 def _architecture(
     spec: str,  # FILE.py:NAME, or a network of a library, which needs no weights of its own
     options: dict,  # classes
-) -> nn.Module:
+    k: int | None = None,  # classes, where the weights say how many
+) -> Found:  # with the preparation of its kind, and without names of classes that belong to other weights
     "The network that weights are for."
     bare = spec.split(":")[0] in ("timm", "torchvision") and not spec.endswith(":none")
-    model = find(f"{spec}:none" if bare else spec, options | dict(arch=None)).model
-    if not isinstance(model, nn.Module): raise ValueError(f"{spec} is no network; expected one as arch (--arch)")
-    return model
+    found = find(f"{spec}:none" if bare else spec, options | dict(arch=None) | (dict(classes=k) if k else {}))
+    if not isinstance(found.model, nn.Module):
+        raise ValueError(f"{spec} is no network; expected one as arch (--arch)")
+    return replace(found, classes=None) if bare else found
 
 # %% ../../nbs/teachers/06_specs.ipynb #specs-errors
 def in_short(
