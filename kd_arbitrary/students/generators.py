@@ -157,7 +157,9 @@ def attention_loss(
     theirs: list[Tensor],  # [n, C', H, W] each, of the teacher's
 ) -> Tensor:  # scalar, >= 0
     "How far apart student and teacher look: mean squared difference of attention, summed over layers."
-    return sum((attention(a) - attention(b)).pow(2).mean() for a, b in zip(ours, theirs, strict=True))
+    if len(ours) != len(theirs):
+        raise ValueError(f"the student shows {len(ours)} layers, the teacher {len(theirs)}; give as many of each")
+    return sum((attention(a) - attention(b)).pow(2).mean() for a, b in zip(ours, theirs))
 
 # %% ../../nbs/students/05_generators.ipynb #adv-inversion
 def boundary_loss(
