@@ -81,7 +81,7 @@ def mixed_effect(
     data = pairs.assign(one=0, cell=pairs.target + pairs.role, teacher=pairs.target + pairs.teacher_seed.astype(str))
     parts = {name: f"0 + C({column})"
              for name, column in dict(source="role", target="target", teacher="teacher", cell="cell").items()
-             if 1 < data[column].nunique() < len(data)}
+             if 1 < data[column].nunique() < len(data) and (name != "cell" or data.target.nunique() > 1)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part whose variance is zero lies on the border, and is told so
         fit = MixedLM.from_formula("gain ~ 1", groups="one", vc_formula=parts,
