@@ -232,10 +232,11 @@ def diagnose(
     seen, *paces = _look(what, teacher, sample, seed)
     told, draws = _diagnose_set(seen), draws_needed(seen.counts, n)
     each = 1 + what.made().get("queries", 0) / len(seen)  # a generated image is asked about while it is made, too
-    costs = _costs(seen, *paces, teacher, n, each, what.size)
+    size = what.size if each == 1 else None  # what is made for the look can be made for the set
+    costs = _costs(seen, *paces, teacher, n, each, size)
     return Diagnosis(what.text, teacher.classes, n, len(seen), tuple(seen.counts.tolist()), told["entropy"],
                      told["confidence"], told["effective_rank"], draws, *costs,
-                     _advice(seen.counts, draws[0] / n, teacher, n, what.size), what.size)
+                     _advice(seen.counts, draws[0] / n, teacher, n, size), size)
 
 
 def _advice(
