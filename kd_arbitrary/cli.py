@@ -46,7 +46,7 @@ from .studies.tables import reached, reached_text
 from .teachers.networks import MODELS
 from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
-from .transfer.diagnosis import GENERATED, Diagnosis, diagnose
+from .transfer.diagnosis import GENERATED, Diagnosis, available, diagnose
 
 # %% ../nbs/05_cli.ipynb #cli-distill
 distill_app = _app()
@@ -349,7 +349,8 @@ def kd_diagnose(
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
                    else job_teacher(job, ledger or _kept(job), device))
         source = make_source(job.source, who.input_shape, root, teacher=who, n=sample or GENERATED, seed=seed)
-        with redirect_stdout(sys.stderr): found = diagnose(source, who, planned(job, source.size), sample, seed)
+        n = planned(job, available(source))
+        with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
         if out: write_atomic(out, _drawn(found, out.suffix))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike)) if as_json else f"{found}\n{reached_text(alike)}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Z', 'EVEN', 'FEW', 'FEWEST', 'MOST', 'SHARE', 'GENERATED', 'STEPS_A_NUDGE', 'share_interval', 'draws_needed',
-           'Diagnosis', 'usual_sample', 'diagnose']
+           'Diagnosis', 'usual_sample', 'diagnose', 'available']
 
 # %% ../../nbs/transfer/05_diagnosis.ipynb #diag-imports
 import math
@@ -232,11 +232,18 @@ def diagnose(
     seen, *paces = _look(what, teacher, sample, seed)
     told, draws = _diagnose_set(seen), draws_needed(seen.counts, n)
     each = 1 + what.made().get("queries", 0) / len(seen)  # a generated image is asked about while it is made, too
-    size = what.size if each == 1 else None  # what is made for the look can be made for the set
+    size = available(what)
     costs = _costs(seen, *paces, teacher, n, each, size)
     return Diagnosis(what.text, teacher.classes, n, len(seen), tuple(seen.counts.tolist()), told["entropy"],
                      told["confidence"], told["effective_rank"], draws, *costs,
                      _advice(seen.counts, draws[0] / n, teacher, n, size), size)
+
+
+def available(
+    source: Source,  # any
+) -> int | None:  # None: any number
+    "How many images there are; those that are made, with or without the teacher, have no end."
+    return None if source.made() else source.size
 
 
 def _advice(
