@@ -4,7 +4,7 @@
     pytest nbs/pictures/01_noise.ipynb    # one notebook, in this process
     pytest --nb-flags "slow cuda"         # also the cells that are skipped otherwise
 """
-import contextlib, gc, io, os
+import contextlib, copy, gc, io, os
 from pathlib import Path
 
 import pytest
@@ -37,10 +37,10 @@ class NotebookFile(pytest.File):
 
 @contextlib.contextmanager
 def own_additions():
-    "What is added to registries inside, a notebook's own definitions of what the library holds too, is gone afterwards."
+    "What is added to registries inside, a notebook's own definitions and changed facts, a shorter recipe say, is gone afterwards."
     import kd_arbitrary.all  # noqa: F401, every registry exists
     from kd_arbitrary.core import Registry
-    before = [(r, dict(r), dict(r.facts)) for r in gc.get_objects() if isinstance(r, Registry)]
+    before = [(r, dict(r), copy.deepcopy(r.facts)) for r in gc.get_objects() if isinstance(r, Registry)]
     try: yield
     finally:
         for registry, things, facts in before:
