@@ -37,7 +37,7 @@ class NotebookFile(pytest.File):
 
 @contextlib.contextmanager
 def own_additions():
-    "What is added to registries inside, a notebook's own definitions and changed facts, a shorter recipe say, is gone afterwards."
+    "What is added to registries inside, own definitions and changed facts, a shorter recipe say, is gone afterwards."
     import kd_arbitrary.all  # noqa: F401, every registry exists
     from kd_arbitrary.core import Registry
     before = [(r, dict(r), copy.deepcopy(r.facts)) for r in gc.get_objects() if isinstance(r, Registry)]
