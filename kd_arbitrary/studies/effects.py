@@ -33,10 +33,12 @@ def gains(
     frame: pd.DataFrame,  # of `records_frame`
     against: str = "none",  # the control: a value of the column balance
     by: tuple[str, ...] = SHARED,  # what a pair shares
-) -> pd.DataFrame:  # one row a pair: the shared columns, balance, gain (points of accuracy), control (accuracy), role
+) -> pd.DataFrame:  # one row a pair: the shared columns, balance, gain (points of accuracy), control (accuracy),
+    # control_entropy (of its class histogram, where the frame has entropies), role
     "Each finished run with what it gained over its control."
     done, by = frame[frame.status == "done"], list(by)
-    control = done.loc[done.balance == against, [*by, "accuracy"]].rename(columns=dict(accuracy="control"))
+    seen = dict(accuracy="control", entropy="control_entropy")
+    control = done.loc[done.balance == against, [*by, *(c for c in seen if c in done)]].rename(columns=seen)
     if control.duplicated(by).any():
         raise ValueError(f"more than one control for {control[control.duplicated(by)].iloc[0][by].to_dict()}; "
                          "select first")
@@ -206,7 +208,8 @@ def at_equal(
     way: str,  # a value of the column balance
     budget: str = "queries",  # or "updates"
     against: str = "none",
-) -> pd.DataFrame:  # one row a run within the control's budgets: target, role, teacher_seed, n, budget, gain (points)
+) -> pd.DataFrame:  # one row a run within the control's budgets: target, role, teacher_seed, n, budget, gain (points),
+    # control_entropy (mean over the control's sizes, where the frame has entropies)
     "What each run gains over a control of the same budget, interpolated between the control's runs of its teacher."
     rows = []
     for runs, control in _beside_control(frame, way, against):
@@ -214,7 +217,8 @@ def at_equal(
         runs = runs[runs[budget].between(control[budget].min(), control[budget].max())]
         x, known = (np.log(part[budget].astype(float)) for part in (runs, control))
         expected = np.interp(x, known, control.accuracy)
-        rows.append(runs.assign(budget=runs[budget], gain=100 * (runs.accuracy - expected)))
-    columns = ["target", "source", "teacher_seed", "n", "updates_aim", "budget", "gain"]
+        even = control.entropy.mean() if "entropy" in control else np.nan
+        rows.append(runs.assign(budget=runs[budget], gain=100 * (runs.accuracy - expected), control_entropy=even))
+    columns = ["target", "source", "teacher_seed", "n", "updates_aim", "budget", "gain", "control_entropy"]
     out = pd.concat(rows)[columns] if rows else pd.DataFrame(columns=columns)
     return out.assign(role=roles(out)).reset_index(drop=True)
