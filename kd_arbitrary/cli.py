@@ -42,7 +42,8 @@ from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
 from .studies.runs import GIVEN, SIZES, Run
-from .studies.tables import reached, reached_text
+from .studies.effects import STUDIED, gained, gained_text
+from .studies.tables import reached, reached_text, records_frame
 from .teachers.networks import MODELS
 from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
@@ -352,8 +353,10 @@ def kd_diagnose(
         n = planned(job, available(source))
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
+        more = gained(found.entropy, records_frame(r for name in STUDIED for r in _whole(results / name)))
         if out: write_atomic(out, _drawn(found, out.suffix))
-        typer.echo(json.dumps(found.to_dict() | dict(reached=alike)) if as_json else f"{found}\n{reached_text(alike)}")
+        typer.echo(json.dumps(found.to_dict() | dict(reached=alike, gained=more)) if as_json
+                   else "\n".join(map(str, (found, reached_text(alike), gained_text(more)))))
 
 
 def _kept(
