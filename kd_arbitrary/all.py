@@ -26,6 +26,7 @@ from .students.export import export_student, load_student, make_student
 from .studies.effects import cluster_bootstrap, gains, mixed_effect, saved
 from .studies.charts import accuracy_bars, budget_curves, learning_curves
 from .studies.figures import class_histogram, fill_bars, gallery, prospects, sheet, summary
+from .studies.contests import race  # noqa: F401, it enters the grids
 from .studies.grids import GRIDS
 from .studies.jobs import execute_job
 from .studies.own import Job

@@ -30,6 +30,7 @@ from .core import load_plugin
 from .pictures.noise import SOURCES
 from .pictures.views import VIEWS
 from .students.losses import LOSSES
+from .studies.contests import race  # noqa: F401, it enters the grids
 from .studies.grids import GRIDS
 from .studies.own import Job
 from .studies.runs import Run

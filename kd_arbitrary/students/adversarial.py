@@ -25,6 +25,7 @@ from .losses import LOSSES
 from kd_arbitrary.students.methods import (
     ADVERSARIES, CLIP, Contest, Duel, Fast, Making, Taught, Zskt, read_method,
 )
+from ..teachers.frozen import freezable
 from ..teachers.teacher import Teacher
 from ..teachers.training import SAVE_EVERY, footprint, one_cycle, predict, same_run
 from ..transfer.sets import TransferSet
@@ -72,7 +73,7 @@ def _learned(
     "One step of the student."
     how = duel.contest
     for group in duel.learn.param_groups: group["lr"] = how.lr * one_cycle(duel.updates, how.updates)
-    with watching(duel.student, duel.maps) as seen: out = duel.student(x)
+    with watching(duel.student, duel.maps) as seen: out = duel.through(duel.student, x)
     loss = LOSSES[how.loss](out, scores, duel.teacher.gives, how.temperature)
     if maps: loss = loss + duel.making.attention * scores.shape[1] * attention_loss([seen[name][1][:len(m)] for name,
             m in zip(duel.maps, maps)], maps)
@@ -115,7 +116,8 @@ def _begin(
     maps = shared_maps(student, teacher.module, teacher.input_shape) if getattr(making, "attention", 0) else []
     return Duel(teacher, student, method, maker, making, contest, warm + playing,
                 torch.optim.Adam(maker.parameters(), making.rate, betas),
-                torch.optim.AdamW(student.parameters(), contest.lr, weight_decay=0.0), maps, beside, device, warm=warm)
+                torch.optim.AdamW(student.parameters(), contest.lr, weight_decay=0.0), maps, beside, device, warm=warm,
+                narrow=contest.bfloat16 and freezable(teacher))
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-keep
 CHAPTERS = 40  # entries of a history

@@ -117,7 +117,7 @@ def activation_loss(
     features: Tensor,  # [n, ...] of the teacher
 ) -> Tensor:  # scalar, <= 0
     "How weak the features are: minus their mean size."
-    return -features.abs().mean()
+    return -features.float().abs().mean()
 
 
 def entropy_loss(
@@ -149,7 +149,7 @@ def attention(
     maps: Tensor,  # [n, C, H, W] of a layer
 ) -> Tensor:  # [n, H W], each row of length 1
     "Where a layer is active: squared maps, averaged over channels, normalised."
-    return F.normalize(maps.pow(2).mean(1).flatten(1))
+    return F.normalize(maps.float().pow(2).mean(1).flatten(1))
 
 
 def attention_loss(
@@ -177,6 +177,6 @@ def statistics_loss(
     "How far the statistics of a batch are from those the batch-norm layers remember."
     total = torch.zeros(())
     for name, norm in norms.items():
-        x = seen[name][0].transpose(0, 1).flatten(1)
+        x = seen[name][0].float().transpose(0, 1).flatten(1)
         total = total + (x.mean(1) - norm.running_mean).norm() + (x.var(1, unbiased=False) - norm.running_var).norm()
     return total

@@ -85,7 +85,8 @@ class Contest:
                         "What happens to images before the student sees them; the teacher is asked about each view")
     share: float = option(0.0, "Share of each of the student's batches that comes from a transfer set, 0 to below 1")
     seed: int = option(0, "Of weights, random numbers, views")
-    bfloat16: bool = option(False, "Compute the generator in bfloat16: twice as fast on processors that have it")
+    bfloat16: bool = option(False, "Compute in bfloat16 the generator, and networks that gain by it: twice as fast on "
+                           "processors that have it")
 
 # %% ../../nbs/students/06_methods.ipynb #adv-duel
 @dataclass
@@ -108,6 +109,7 @@ class Duel:
     warm: int = 0  # rounds before the student learns
     round: int = 0  # rounds done
     updates: int = 0  # student steps done
+    narrow: bool = False  # teacher and student compute in bfloat16, too
 
     @property
     def made(self) -> int:
@@ -132,12 +134,21 @@ class Duel:
         with torch.autocast(kind, torch.bfloat16, enabled=self.contest.bfloat16): x = (maker or self.maker)(z)
         return x.float()
 
+    def through(
+        self,
+        network,  # of images to scores
+        x: Tensor,  # [n, C, H, W]
+    ) -> Tensor:  # [n, K] float32, with a graph where gradients are on
+        "What teacher or student say, in bfloat16 where that pays."
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.narrow): scores = network(x)
+        return scores.float()
+
     def ask(
         self,
         x: Tensor,  # [n, C, H, W] float32, without a graph
     ) -> "Taught":
         "What the student is to learn from these images."
-        with watching(self.teacher.module, self.maps) as seen: scores = self.teacher(x, len(x))
+        with watching(self.teacher.module, self.maps) as seen: scores = self.through(lambda x: self.teacher(x, len(x)), x)
         return x, scores, [seen[name][1].clone() for name in self.maps]
 
     def step(
@@ -170,7 +181,7 @@ def dafl(
     "Images of which the teacher is sure, spread evenly over its classes (Chen et al., ICCV 2019, Algorithm 1)."
     how, layer = duel.making, first_linear(duel.teacher.module)
     x = duel.draw(duel.noise(g))
-    with watching(duel.teacher.module, [layer] if layer else []) as seen: scores = duel.teacher.forward(x)
+    with watching(duel.teacher.module, [layer] if layer else []) as seen: scores = duel.through(duel.teacher.forward, x)
     logits = as_logits(scores, duel.teacher.gives)
     loss = how.sure * one_hot_loss(logits) + how.even * entropy_loss(logits)
     if layer: loss = loss + how.active * activation_loss(seen[layer][0])
@@ -191,8 +202,8 @@ def zskt(
     "Images on which the student disagrees with the teacher (Micaelli and Storkey, NeurIPS 2019, Algorithm 1)."
     z = duel.noise(g)
     x = duel.draw(z)
-    logits = as_logits(duel.teacher.forward(x), duel.teacher.gives)
-    duel.step(-divergence(duel.student(x), logits).mean(), CLIP)
+    logits = as_logits(duel.through(duel.teacher.forward, x), duel.teacher.gives)
+    duel.step(-divergence(duel.through(duel.student, x), logits).mean(), CLIP)
     with torch.no_grad(): return duel.ask(duel.draw(z))
 
 # %% ../../nbs/students/06_methods.ipynb #adv-fast
@@ -233,12 +244,13 @@ def _inversion(
     "The loss of the images of Fast."
     how, teacher = duel.making, duel.teacher
     norms = {name: m for name, m in teacher.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    with watching(teacher.module, list(norms)) as seen: scores = teacher.forward(x)
+    with watching(teacher.module, list(norms)) as seen: scores = duel.through(teacher.forward, x)
     logits = as_logits(scores, teacher.gives)
     loss = how.sure * F.cross_entropy(logits, want)
     if norms: loss = loss + how.statistics * statistics_loss(seen, norms)
     if duel.round < duel.warm or not how.against: return loss
-    with evaluating(duel.student): return loss + how.against * boundary_loss(duel.student(x), logits)
+    with evaluating(duel.student): said = duel.through(duel.student, x)
+    return loss + how.against * boundary_loss(said, logits)
 
 
 def _remember(
@@ -248,7 +260,7 @@ def _remember(
     "Keep images as bytes, with what the teacher says of them as they are kept."
     kept = to_stored(x.cpu(), torch.uint8)
     duel.bank.append(kept)
-    duel.answers.append(duel.teacher(kept, len(kept)))
+    duel.answers.append(duel.through(lambda x: duel.teacher(x, len(x)), kept))
 
 # %% ../../nbs/students/06_methods.ipynb #adv-method
 def read_method(

@@ -6,13 +6,11 @@
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
            'NEAR', 'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
            'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN',
-           'REFERENCES', 'RACING', 'DRAWN_THERE', 'PIXELS', 'TRIED', 'AS_PUBLISHED', 'MINUTES', 'RACERS', 'PACE',
-           'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited', 'balance_study',
-           'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries', 'verdict_steps', 'verdict_relabelled',
-           'headline_controls', 'reference', 'development', 'photographs', 'black_box', 'imbalance', 'sizes',
-           'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'photos_cifar10', 'photos_wrn',
-           'photos_views', 'rivals_check', 'race_trials', 'race_run', 'race_plan', 'race', 'race_combinations',
-           'select']
+           'REFERENCES', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited',
+           'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries', 'verdict_steps',
+           'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs', 'black_box',
+           'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'photos_cifar10', 'photos_wrn', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -382,119 +380,6 @@ def photos_views() -> list[Run]:
     image, or every view asked about."""
     return _photos([dict(relabel=False, cached_views=k) for k in (1, 2, 4, 8)] + [dict(relabel=True)], source=COLOURED,
                    balance="none", n=20_000, updates=4_470)
-
-# %% ../../nbs/studies/05_grids.ipynb #grids-rivals
-@grid
-def rivals_check() -> list[Run]:
-    """The rivals as near to their papers as two cores allow, nothing balanced: ZSKD, LeNet; DeepInversion, AlexNet;
-    DAFL, ZSKT and Fast, LeNet, a quarter of their width, for 10, 0.5 and 5 % of their steps."""
-    zskd = dict(target="mnist", n=24_000, balance="none", temperature=20, epochs=20)
-    inverted = dict(target="cifar10", n=512, balance="none", temperature=20, epochs=40, views="crop+flip", lr=2e-3)
-    short = "deepinversion(steps=120,lr=0.1,bfloat16=True)"
-    loops = [dict(source="dafl(width=16,rate=0.01)", updates=2_400, temperature=1),
-             dict(source="dafl(width=16,rate=0.01,ending='sigmoid')", updates=2_400, temperature=1),
-             dict(source="zskt(width=16,ending='sigmoid')", updates=4_000, temperature=1),
-             dict(source="fast(width=16,taught=50)", updates=4_400, temperature=20)]
-    return ([Run(source="zskd(steps=40,lr=0.05)", views=v, **zskd) for v in ("none", "affine")]
-            + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", views="none", **zskd)]
-            + [Run(target="mnist", views="none", lr=2e-3, bfloat16=True, **way) for way in loops])
-
-# %% ../../nbs/studies/05_grids.ipynb #grids-race-trials
-# of everybody, unless said otherwise; bfloat16 is for generators, which it makes faster, and LeNet slower
-RACING = dict(batch_size=64, balance="none", views="none", bfloat16=True)
-DRAWN_THERE = "strokes+glyphs+pyramid"  # the arbitrary images of the race, as in `DEVELOPED`
-PIXELS = "ending='sigmoid'"  # how generators end here; published ones end in units of the data, which are not known
-# contestant -> three settings that were tried; published temperatures, and rates that small budgets allow
-TRIED = dict(
-    dafl=[dict(source=s, temperature=1, lr=5e-3, updates=u) for s, u in
-          ((f"dafl(width=16,rate=0.01,{PIXELS})", 500), (f"dafl(width=16,rate=0.003,{PIXELS})", 500),
-           (f"dafl(width=8,rate=0.01,{PIXELS})", 650))],
-    zskt=[dict(source=s, temperature=1, lr=5e-3, updates=u) for s, u in
-          ((f"zskt(width=16,{PIXELS})", 1_700), (f"zskt(width=16,rate=0.005,{PIXELS})", 1_700),
-           (f"zskt(width=16,taught=5,{PIXELS})", 1_050))],
-    fast=[dict(source=s, temperature=20, lr=5e-3, updates=u) for s, u in
-          (("fast(width=16,taught=50)", 1_750), ("fast(width=16,taught=25,rate=0.01)", 1_300),
-           ("fast(width=8,taught=50,rate=0.01)", 2_100))],
-    zskd=[dict(source=s, temperature=20, n=n, updates=1_500, bfloat16=False) for s, n in
-          (("zskd(steps=150,lr=0.01)", 600), ("zskd(steps=50,lr=0.05)", 1_800), ("zskd(steps=25,lr=0.1)", 3_600))],
-    arbitrary=[dict(source=DRAWN_THERE, balance="repeat", lr=1e-2, bfloat16=False, **way) for way in
-               (dict(n=10_000, updates=1_700), dict(n=10_000, updates=1_000, views="affine+mixup"),
-                dict(n=10_000, updates=1_000, views="affine+cutmix"))],
-    impressed=[dict(source=DRAWN_THERE, balance="impress", impressed=1 / 3, lr=1e-2, bfloat16=False, **way) for way in
-               (dict(n=1_500, updates=1_300), dict(n=1_500, updates=750, views="affine+mixup"),
-                dict(n=1_500, updates=750, views="affine+cutmix"))],
-)
-
-
-# the published ending: three trials of each on the digits, and a core-minute of DAFL on MNIST
-AS_PUBLISHED = [dict(target="digits", source=s, updates=u) for s, u in
-                (("dafl(width=16,rate=0.01)", 500), ("dafl(width=16,rate=0.001)", 500),
-                 ("dafl(width=8,rate=0.01)", 650), ("zskt(width=16)", 1_700),
-                 ("zskt(width=16,rate=0.005)", 1_700), ("zskt(width=16,taught=5)", 1_050))]
-AS_PUBLISHED.append(dict(target="mnist", source="dafl(width=8,rate=0.01)", updates=2_264, empty="keep"))
-
-
-@grid
-def race_trials() -> list[Run]:
-    """The digits, a third of a core-minute each: three settings for each contestant of the race; and generators that
-    end as published."""
-    trials = [dict(target="digits") | trial for trials in zip(*TRIED.values()) for trial in trials]
-    return [Run(**RACING | trial) for trial in trials + [dict(temperature=1, lr=5e-3) | way for way in AS_PUBLISHED]]
-
-# %% ../../nbs/studies/05_grids.ipynb #grids-race
-MINUTES = (1, 3, 10, 30, 60)  # core-minutes of a run, image making included
-# contestant -> its settings: for each, the best of its three trials by the digits' accuracy (`race_trials`)
-RACERS = dict(
-    dafl=TRIED["dafl"][0], zskt=TRIED["zskt"][0], fast=TRIED["fast"][2], zskd=TRIED["zskd"][2],
-    drawn=TRIED["arbitrary"][2] | dict(balance="none"), repeat=TRIED["arbitrary"][2],
-    fill=TRIED["arbitrary"][2] | dict(balance="fill"), impressed=TRIED["impressed"][2])
-# contestant -> (share of the time for making images, core-milliseconds an image, core-milliseconds a student step),
-# from the records of `race_trials`; on another machine a budget is another number of seconds, as its records say
-PACE = dict(
-    dafl=(0.0, 0.0, 37.4), zskt=(0.0, 0.0, 11.5), fast=(0.0, 0.0, 8.4), zskd=(0.6, 2.5, 4.6),
-    drawn=(0.2, 0.35, 7.6), repeat=(0.2, 0.45, 7.6), fill=(0.2, 1.0, 7.6), impressed=(0.4, 1.9, 7.7))
-
-
-def race_run(
-    contestant: str,  # a name of `RACERS`
-    target: str,  # mnist or fmnist
-    minutes: float,  # core-minutes
-    seed: int,  # of teacher and student
-) -> Run:
-    "A contestant with as many images and steps as a budget holds."
-    (share, image, step), how = PACE[contestant], RACERS[contestant]
-    long = dict(updates=round(60_000 * minutes * (1 - share) / step))
-    if share: long["n"] = round(60_000 * minutes * share / image)
-    return Run(target=target, seed=seed, teacher_seed=seed, empty="keep", **RACING | how | long)
-
-
-def race_plan() -> dict[Run, tuple[str, float]]:  # run -> (contestant, core-minutes)
-    "Who runs, and at which budget, in the order of running."
-    every = [(c, t, m, seed) for m in MINUTES for seed in range(3) for t in NEAR for c in RACERS]
-    return {run: (c, m) for c, t, m, seed in every for run in [race_run(c, t, m, seed)]}
-
-
-@grid
-def race() -> list[Run]:
-    """MNIST and Fashion-MNIST, three teachers, random initial weights: four rivals, and arbitrary sets as drawn,
-    repeated, filled, impressed, at 1 to 60 core-minutes."""
-    return list(race_plan())
-
-
-@grid
-def race_combinations() -> list[Run]:
-    """MNIST and Fashion-MNIST, three teachers, a core-minute: half arbitrary and half adversarial; DAFL without its
-    balance term, and images of its generator as a set, with it and without it, as drawn and repeated."""
-    short = dict(RACERS["dafl"], updates=race_run("dafl", "mnist", 1, 0).updates)
-    bare = RACERS["dafl"]["source"].rstrip(")")
-    halves = [dict(RACERS[c], source=f"0.5*{RACERS[c]['source']}+0.5*({DRAWN_THERE})", balance="repeat", n=5_000,
-                   updates=race_run(c, "mnist", 1, 0).updates) for c in ("dafl", "zskt", "fast")]
-    made = bare.replace("dafl(", "dafl_images(batch=64,steps=400,")
-    sets = [dict(source=f"{made},even={e})", balance=b, n=10_000, updates=2_000, temperature=1, lr=5e-3)
-            for e in (5.0, 0.0) for b in ("none", "repeat")]
-    ways = [*halves, short | dict(source=f"{bare},even=0.0)"), *sets]
-    return [Run(target=t, seed=seed, teacher_seed=seed, empty="keep", **RACING | way)
-            for seed in range(3) for t in NEAR for way in ways]
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-all
 def select(
