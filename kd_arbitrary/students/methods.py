@@ -148,7 +148,8 @@ class Duel:
         x: Tensor,  # [n, C, H, W] float32, without a graph
     ) -> "Taught":
         "What the student is to learn from these images."
-        with watching(self.teacher.module, self.maps) as seen: scores = self.through(lambda x: self.teacher(x, len(x)), x)
+        with watching(self.teacher.module, self.maps) as seen:
+            scores = self.through(lambda x: self.teacher(x, len(x)), x)
         return x, scores, [seen[name][1].clone() for name in self.maps]
 
     def step(
