@@ -6,11 +6,11 @@
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
            'NEAR', 'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
            'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN',
-           'REFERENCES', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed', 'inherited',
-           'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries', 'verdict_steps',
-           'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs', 'black_box',
-           'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full',
-           'photos_cifar10', 'photos_wrn', 'photos_views', 'select']
+           'REFERENCES', 'NARROW', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed',
+           'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
+           'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs',
+           'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full',
+           'photos_cifar10', 'photos_wrn', 'photos_cifar100', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -366,12 +366,22 @@ def photos_cifar10() -> list[Run]:
     return _photos([*first, *_cells(NOISE + THEN, "none", "fill"), *_cells(repeated, "repeat")])
 
 
+NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train, and teach for thirty passes
+
+
 @grid
 def photos_wrn() -> list[Run]:
-    """CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
+    """CIFAR-10, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
     unrelated photographs, as drawn and filled; original data, labels."""
-    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], teacher="wrn40_2",
-                   student="wrn16_1")
+    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], **NARROW)
+
+
+@grid
+def photos_cifar100() -> list[Run]:
+    """CIFAR-100, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
+    CIFAR-10's photographs, as drawn and filled; original data, labels."""
+    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], dict(source="cifar10")), "none", "fill")],
+                   target="cifar100", **NARROW)
 
 
 @grid
