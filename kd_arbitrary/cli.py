@@ -352,8 +352,9 @@ def kd_diagnose(
         source = make_source(job.source, who.input_shape, root, teacher=who, n=sample or GENERATED, seed=seed)
         n = planned(job, available(source))
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
-        alike = reached(found.entropy, (r for folder in sorted(results.glob("*/")) for r in _whole(folder)))
-        more = gained(found.entropy, records_frame(r for name in STUDIED for r in _whole(results / name)))
+        kept = {folder.name: _whole(folder) for folder in sorted(results.glob("*/"))}
+        alike = reached(found.entropy, (r for records in kept.values() for r in records))
+        more = gained(found.entropy, records_frame(r for name in STUDIED for r in kept.get(name, ())))
         if out: write_atomic(out, _drawn(found, out.suffix))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike, gained=more)) if as_json
                    else "\n".join(map(str, (found, reached_text(alike), gained_text(more)))))
