@@ -16,14 +16,16 @@ from .runs import Run
 @grid
 def rivals_check() -> list[Run]:
     """The rivals as near to their papers as two cores allow, nothing balanced: ZSKD, LeNet; DeepInversion, AlexNet;
-    DAFL, ZSKT and Fast, LeNet, a quarter of their width, for 10, 0.5 and 5 % of their steps."""
+    DAFL, ZSKT and Fast, LeNet, a quarter of their width, in short and for 100, 5 and 100 % of their steps."""
     zskd = dict(target="mnist", n=24_000, balance="none", temperature=20, epochs=20)
     inverted = dict(target="cifar10", n=512, balance="none", temperature=20, epochs=40, views="crop+flip", lr=2e-3)
     short = "deepinversion(steps=120,lr=0.1,bfloat16=True)"
+    dafl = dict(source="dafl(width=16,rate=0.01,ending='sigmoid')", temperature=1)
+    zskt = dict(source="zskt(width=16,ending='sigmoid')", temperature=1)
+    fast = dict(source="fast(width=16,taught=50)", temperature=20)
     loops = [dict(source="dafl(width=16,rate=0.01)", updates=2_400, temperature=1),
-             dict(source="dafl(width=16,rate=0.01,ending='sigmoid')", updates=2_400, temperature=1),
-             dict(source="zskt(width=16,ending='sigmoid')", updates=4_000, temperature=1),
-             dict(source="fast(width=16,taught=50)", updates=4_400, temperature=20)]
+             dafl | dict(updates=2_400), zskt | dict(updates=4_000), fast | dict(updates=4_400),
+             dafl | dict(updates=24_000), zskt | dict(updates=40_000), fast | dict(updates=88_000)]
     return ([Run(source="zskd(steps=40,lr=0.05)", views=v, **zskd) for v in ("none", "affine")]
             + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", views="none", **zskd)]
             + [Run(target="mnist", views="none", lr=2e-3, bfloat16=True, **way) for way in loops])

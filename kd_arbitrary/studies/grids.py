@@ -160,10 +160,11 @@ def verdict_wider() -> list[Run]:
 
 @grid
 def verdict_queries() -> list[Run]:
-    """MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: 100 to 60,000 images, of photographs all
-    50,000, as drawn, repeated, filled."""
-    sizes = lambda most: [dict(way, n=n) for n in (500, 2_000, 100, most) for way in COUNTED]
-    return _verdict(("pyramid", "strokes"), sizes(60_000)) + _verdict(("cifar10",), sizes(50_000))
+    """MNIST and Fashion-MNIST, cached scores, 7,450 steps, four teachers: 100 to 2,000 images as drawn, repeated,
+    filled; and as drawn as many as balancing 20,000 asks about, 60,000, of photographs all 50,000."""
+    few, most = [dict(way, n=n) for n in (500, 2_000, 100) for way in COUNTED], dict(balance="none")
+    return (_verdict(("pyramid", "strokes", "cifar10"), few) + _verdict(("pyramid", "strokes"), [most | dict(n=60_000)])
+            + _verdict(("cifar10",), [most | dict(n=50_000)]))
 
 
 @grid
