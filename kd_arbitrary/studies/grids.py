@@ -8,9 +8,9 @@ __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 
            'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN',
            'REFERENCES', 'NARROW', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed',
            'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
-           'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development', 'photographs',
-           'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full',
-           'photos_cifar10', 'photos_wrn', 'photos_cifar100', 'photos_views', 'select']
+           'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development',
+           'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full',
+           'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_cifar100', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -165,6 +165,16 @@ def verdict_queries() -> list[Run]:
     few, most = [dict(way, n=n) for n in (500, 2_000, 100) for way in COUNTED], dict(balance="none")
     return (_verdict(("pyramid", "strokes", "cifar10"), few) + _verdict(("pyramid", "strokes"), [most | dict(n=60_000)])
             + _verdict(("cifar10",), [most | dict(n=50_000)]))
+
+
+@grid
+def verdict_asked() -> list[Run]:
+    """Four targets, four teachers, as drawn: 80,000 images, which is about what balancing 20,000 asks; of photographs
+    60,000 or 50,000, which are all there are; for the verdict at equal questions."""
+    drawn, near, far = (dict(balance="none", n=n) for n in (80_000, 60_000, 50_000))
+    return (_verdict(("pyramid", "strokes"), [drawn], targets=("fmnist", *HALVES))
+            + _verdict(("near",), [near], targets=(*NEAR, *HALVES))
+            + _verdict(("cifar10",), [far], targets=tuple(HALVES)))
 
 
 @grid
