@@ -84,9 +84,13 @@ def _mixed(
     parts = {name: f"0 + C({column})"
              for name, column in dict(source="role", target="target", teacher="teacher", cell="cell").items()
              if 1 < data[column].nunique() < len(data) and (name != "cell" or data.target.nunique() > 1)}
+    fitted = lambda parts: MixedLM.from_formula(formula, groups="one", vc_formula=parts,
+                                                data=data).fit(method=["lbfgs", "powell"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part whose variance is zero lies on the border, and is told so
-        return MixedLM.from_formula(formula, groups="one", vc_formula=parts, data=data).fit(method=["lbfgs", "powell"])
+        try: return fitted(parts)
+        except np.linalg.LinAlgError:  # so few cells that they can hardly be told from sources
+            return fitted({name: part for name, part in parts.items() if name != "cell"})
 
 
 def _effect(
