@@ -150,7 +150,7 @@ def budget_curves(
         plain_log(ax.xaxis)
         ax.tick_params(axis="x", labelrotation=45)
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    axes[0].set_ylabel("accuracy on the target's test set")
+    axes[0].set_ylabel("test accuracy")
     fig.supxlabel(BUDGETS[x] + " (logarithmic)", fontsize=8)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=hue)
     return fig
