@@ -354,10 +354,12 @@ def kd_diagnose(
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         kept = {folder.name: _whole(folder) for folder in sorted(results.glob("*/"))}
         alike = reached(found.entropy, (r for records in kept.values() for r in records))
-        more = gained(found.entropy, records_frame(r for name in STUDIED for r in kept.get(name, ())))
+        more = {equal: gained(found.entropy, records_frame(r for name in names for r in kept.get(name, ())), equal)
+                for equal, names in STUDIED.items()}
         if out: write_atomic(out, _drawn(found, out.suffix))
+        said = (found, reached_text(alike), *(gained_text(g, equal) for equal, g in more.items()))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike, gained=more)) if as_json
-                   else "\n".join(map(str, (found, reached_text(alike), gained_text(more)))))
+                   else "\n".join(map(str, said)))
 
 
 def _kept(

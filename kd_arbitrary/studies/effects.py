@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-imports-core
+from ..core import pick
 from .grids import RESEMBLES
 from .tables import NEARBY
 
@@ -229,16 +230,23 @@ def at_equal(
     return out.assign(role=roles(out)).reset_index(drop=True)
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-alike
-STUDIED = ("verdict", "verdict-wider")  # grids whose pairs share all but the way of balancing, at equal images
+# what a pair has in common -> grids whose pairs share all else
+STUDIED = dict(images=("verdict", "verdict-wider"),
+               questions=("verdict", "verdict-wider", "verdict-queries", "verdict-asked"))
 
 
 def gained(
     entropy: float,  # relative entropy of the classes as drawn, 0 to 1
     frame: pd.DataFrame,  # of `records_frame`
+    equal: str = "images",  # or "questions": against a set as drawn that asked as often
     nearby: float = NEARBY,  # how far another entropy may be
 ) -> dict:  # way -> pairs, targets (counts); low, middle, high (10th, 50th, 90th percentile of the gains, points)
     "What each way of balancing gained on recorded sets that were about as even as drawn."
-    pairs = gains(frame) if len(frame) else frame
+    pick(STUDIED, equal, "thing to hold equal")
+    if not len(frame): return {}
+    ways = [way for way in frame.balance.unique() if way != "none"]
+    pairs = (gains(frame) if equal == "images" else
+             pd.concat([at_equal(frame, way).assign(balance=way) for way in ways]) if ways else frame.iloc[:0])
     if not len(pairs): return {}
     alike = pairs[(pairs.control_entropy - entropy).abs() <= nearby]
     return {way: dict(pairs=len(g), targets=int(g.target.nunique()),
@@ -248,9 +256,10 @@ def gained(
 
 def gained_text(
     found: dict,  # of `gained`
+    equal: str = "images",  # what was held equal
 ) -> str:  # one sentence
     "What balance gained on such sets, in words."
-    if not found: return "what balance gains on a set like this is not recorded here"
+    if not found: return f"what balance gains on a set like this at equal {equal} is not recorded here"
     ways = (f"{way} {g['low']:+.0f} to {g['high']:+.0f}, half of them at least {g['middle']:+.1f} ({g['pairs']} pairs)"
             for way, g in found.items())
-    return "points that balance gained on such sets, at equal images: " + "; ".join(ways)
+    return f"points that balance gained on such sets, at equal {equal}: " + "; ".join(ways)
