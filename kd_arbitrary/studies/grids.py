@@ -374,7 +374,9 @@ def photos_cifar10() -> list[Run]:
     photographs, as drawn, filled, repeated; original data, labels."""
     repeated = tuple(s for s in FIRST + NOISE + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
     first = [*_cells(FIRST, "none"), REFERENCES[0], *_cells(FIRST, "fill"), REFERENCES[1]]
-    return _photos([*first, *_cells(NOISE + THEN, "none", "fill"), *_cells(repeated, "repeat")])
+    more = [*_cells(FIRST, "repeat"), *_cells(NOISE[:1], "none", "fill")]
+    rest = [*_cells(NOISE[1:] + THEN, "none", "fill"), *_cells(repeated[len(FIRST):], "repeat")]
+    return _photos(first) + _photos(more) + _photos(rest)
 
 
 NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train, and teach for thirty passes
