@@ -174,13 +174,11 @@ def _read_header(
     return ours, 8 + n
 
 
-def load_tensors(
-    path: str | Path,  # a file written by `save_tensors`
-    kind: str = "tensors",  # what it must be
-) -> tuple[dict[str, Tensor], dict]:  # (tensors, memory-mapped where the system allows; the JSON stored with them)
-    "Read a file of `save_tensors`; a truncated, damaged, newer or foreign one is a `ValueError` that says which."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist; expected a {kind} file of kd_arbitrary")
+def _loaded(
+    path: Path,  # as for `load_tensors`
+    kind: str,  # as for `load_tensors`
+) -> tuple[dict[str, Tensor], dict]:  # as of `load_tensors`
+    "Read and check a file that nobody replaces meanwhile."
     ours, header_size = _read_header(path)
     if ours["sha256"] != _digest(path, header_size, ours["sha256"]):
         raise ValueError(f"{path} is damaged: its checksum does not match its content; make it again")
@@ -191,3 +189,20 @@ def load_tensors(
     try: return load_file(path), ours["meta"]
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path} is damaged: its tensors cannot be read ({e}); make it again") from None
+
+
+def load_tensors(
+    path: str | Path,  # a file written by `save_tensors`
+    kind: str = "tensors",  # what it must be
+) -> tuple[dict[str, Tensor], dict]:  # (tensors, memory-mapped where the system allows; the JSON stored with them)
+    "Read a file of `save_tensors`; a truncated, damaged, newer or foreign one is a `ValueError` that says which."
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist; expected a {kind} file of kd_arbitrary")
+    version = lambda: (stat := path.stat()) and (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    while True:
+        before, wrong, found = version(), None, None
+        try: found = _loaded(path, kind)
+        except ValueError as e: wrong = e
+        if version() != before: continue  # another process replaced it while it was read
+        if wrong: raise wrong
+        return found
