@@ -191,6 +191,14 @@ def _loaded(
         raise ValueError(f"{path} is damaged: its tensors cannot be read ({e}); make it again") from None
 
 
+def _version(
+    path: Path,  # of a file
+) -> tuple[int, int, int]:  # another one when it was replaced or written
+    "What tells one state of a file from the next."
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
 def load_tensors(
     path: str | Path,  # a file written by `save_tensors`
     kind: str = "tensors",  # what it must be
@@ -198,11 +206,10 @@ def load_tensors(
     "Read a file of `save_tensors`; a truncated, damaged, newer or foreign one is a `ValueError` that says which."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist; expected a {kind} file of kd_arbitrary")
-    version = lambda: (stat := path.stat()) and (stat.st_ino, stat.st_mtime_ns, stat.st_size)
     while True:
-        before, wrong, found = version(), None, None
+        before, wrong = _version(path), None
         try: found = _loaded(path, kind)
         except ValueError as e: wrong = e
-        if version() != before: continue  # another process replaced it while it was read
+        if _version(path) != before: continue  # another process replaced it while it was read
         if wrong: raise wrong
         return found

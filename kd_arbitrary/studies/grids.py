@@ -372,10 +372,10 @@ def _photos(
 def photos_cifar10() -> list[Run]:
     """CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: noise, drawings, coloured programs, unrelated
     photographs, as drawn, filled, repeated; original data, labels."""
-    repeated = tuple(s for s in FIRST + NOISE + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
+    repeated = tuple(s for s in NOISE + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
     first = [*_cells(FIRST, "none"), REFERENCES[0], *_cells(FIRST, "fill"), REFERENCES[1]]
     more = [*_cells(FIRST, "repeat"), *_cells(NOISE[:1], "none", "fill")]
-    rest = [*_cells(NOISE[1:] + THEN, "none", "fill"), *_cells(repeated[len(FIRST):], "repeat")]
+    rest = [*_cells(NOISE[1:] + THEN, "none", "fill"), *_cells(repeated, "repeat")]
     return _photos(first) + _photos(more) + _photos(rest)
 
 
