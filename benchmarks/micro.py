@@ -20,7 +20,7 @@ from kd_arbitrary.students.losses import kl
 from kd_arbitrary.teachers.frozen import freeze, frozen, has_bfloat16
 from kd_arbitrary.teachers.networks import PairNorm
 from kd_arbitrary.transfer.balance import balance
-from kd_arbitrary.transfer.balance import DRAWN
+from kd_arbitrary.transfer.collect import DRAWN
 
 
 def train_step(
