@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLUMNS', 'FATES', 'STUDENT_COST', 'SETTING', 'NEARBY', 'source_kind', 'records_frame', 'usable',
-           'only_seeds', 'results_table', 'grid_frame', 'markdown', 'spearman', 'reached', 'reached_text']
+           'only_seeds', 'results_table', 'grid_frame', 'markdown', 'spearman', 'typical', 'reached', 'reached_text']
 
 # %% ../../nbs/studies/08_tables.ipynb #tables-imports
 from collections.abc import Iterable
@@ -195,19 +195,25 @@ def spearman(
 NEARBY = 0.1  # entropies that count as alike
 
 
+def typical(
+    values: pd.Series,  # numbers, at least one
+) -> dict:  # low, middle, high: the 10th, 50th and 90th percentile
+    "What most of them are."
+    return dict(zip(("low", "middle", "high"), values.quantile([0.1, 0.5, 0.9]).tolist()))
+
+
 def reached(
     entropy: float,  # relative entropy of the classes as drawn, 0 to 1
     records: Iterable[dict],  # finished runs, and others
     nearby: float = NEARBY,  # how far another entropy may be
-) -> dict:  # runs, sources, targets (counts); low, middle, high (10th, 50th, 90th percentile of accuracy); or runs=0
+) -> dict:  # runs, sources, targets (counts); `typical` accuracies; or runs=0
     "The accuracies of recorded runs whose sets were about as even as drawn, random initial weights."
     alike = [r for r in records if r["status"] == "done" and r.get("report") and r["config"]["source"] not in GIVEN
              and (LATER | r["config"])["init"] == "random"
              and abs(histogram_entropy(torch.tensor(r["report"]["seen"])) - entropy) <= nearby]
     if not alike: return dict(runs=0)
-    shares = pd.Series([r["results"]["accuracy"] for r in alike]).quantile([0.1, 0.5, 0.9])
     counts = {f"{what}s": len({r["config"][what] for r in alike}) for what in ("source", "target")}
-    return dict(runs=len(alike), **counts, **dict(zip(("low", "middle", "high"), shares.tolist())))
+    return dict(runs=len(alike), **counts, **typical(pd.Series([r["results"]["accuracy"] for r in alike])))
 
 
 def reached_text(
