@@ -10,7 +10,8 @@ __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 
            'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
            'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development',
            'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full',
-           'cifar100_full', 'photos_cifar10', 'photos_wrn', 'photos_cifar100', 'photos_views', 'select']
+           'cifar100_full', 'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn', 'photos_cifar100',
+           'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -362,21 +363,37 @@ def _cells(
 
 def _photos(
     cells: list[dict],  # fields of runs, in order
+    seeds: int = 3,  # of each cell
     **common,  # fields of all runs, over those of `PHOTOS`
 ) -> list[Run]:
-    "Three seeds of the cells, one after another."
-    return [Run(seed=seed, **PHOTOS | common | cell) for seed in range(3) for cell in cells]
+    "The cells with one seed, then with the next."
+    return [Run(seed=seed, **PHOTOS | common | cell) for seed in range(seeds) for cell in cells]
 
 
 @grid
 def photos_cifar10() -> list[Run]:
-    """CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: noise, drawings, coloured programs, unrelated
-    photographs, as drawn, filled, repeated; original data, labels."""
+    """CIFAR-10, AlexNet to its half, 50,000 images, 11,160 steps: coloured programs, unrelated photographs, noise with
+    batch statistics, original data, labels, three seeds; other noise and drawings one; as drawn, filled, repeated."""
     repeated = tuple(s for s in NOISE + THEN if s["source"] not in ("pyramid", "deadleaves", "scenes"))
     first = [*_cells(FIRST, "none"), REFERENCES[0], *_cells(FIRST, "fill"), REFERENCES[1]]
     more = [*_cells(FIRST, "repeat"), *_cells(NOISE[:1], "none", "fill")]
     rest = [*_cells(NOISE[1:] + THEN, "none", "fill"), *_cells(repeated, "repeat")]
-    return _photos(first) + _photos(more) + _photos(rest)
+    return _photos(first) + _photos(more) + _photos(rest, seeds=1)
+
+
+@grid
+def photos_asked() -> list[Run]:
+    """CIFAR-10, AlexNet to its half, 11,160 steps: coloured programs as drawn, as many as take the questions that
+    filling 50,000 takes; for the gain at equal questions."""
+    return _photos([dict(source=COLOURED, balance="none", n=62_700)])
+
+
+@grid
+def photos_best() -> list[Run]:
+    """CIFAR-10, AlexNet to its half, 50,000 coloured programs: filled with twice the steps, and as drawn and filled
+    for students that begin with the teacher's weights."""
+    inherited = [dict(source=COLOURED, balance=b, init="teacher") for b in ("fill", "none")]
+    return _photos([dict(source=COLOURED, balance="fill", updates=22_320), *inherited])
 
 
 NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train, and teach for thirty passes
