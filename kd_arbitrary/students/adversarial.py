@@ -20,7 +20,7 @@ from ..core import generator, keep_freed, need_memory, progress, takes, to_float
 from ..storage import load_tensors, save_tensors
 from ..pictures.views import make_views
 from .distill import Distilled, fingerprint
-from .generators import attention_loss, make_generator, shared_maps, watching
+from .generators import attention_loss, shared_maps, watching
 from .losses import LOSSES
 from kd_arbitrary.students.methods import (
     ADVERSARIES, CLIP, Contest, Duel, Fast, Making, Taught, Zskt, read_method,
@@ -108,8 +108,7 @@ def _begin(
     device: str = "cpu",  # where networks run
 ) -> Duel:
     "Everybody at their places."
-    maker = make_generator(teacher.input_shape, making.width, making.latent, making.ending, contest.seed)
-    maker = maker.to(device, memory_format=torch.channels_last)
+    maker = making.maker(teacher.input_shape, contest.seed).to(device, memory_format=torch.channels_last)
     playing, warm = math.ceil(contest.updates / making.taught), getattr(making, "warm", 0.0)
     warm = math.ceil(playing * warm / (1 - warm))
     betas = (0.5, 0.999) if isinstance(making, Fast) else (0.9, 0.999)

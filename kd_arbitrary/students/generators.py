@@ -22,13 +22,18 @@ from ..teachers.training import evaluating
 # %% ../../nbs/students/05_generators.ipynb #adv-gen
 class _Pixels(nn.Module):
     "Normalised values as pixels: the way back from `Normalize`."
-    def forward(self, x: Tensor) -> Tensor: return 0.5 + 0.25 * x
+
+    def __init__(self, mean: float, std: float):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, x: Tensor) -> Tensor: return self.mean + self.std * x
 
 
-ENDINGS = {  # name -> last layers of a generator, by the number of channels
-    "sigmoid": lambda c: [nn.Sigmoid()],
-    "norm": lambda c: [nn.BatchNorm2d(c, affine=False), _Pixels()],
-    "tanh+norm": lambda c: [nn.Tanh(), nn.BatchNorm2d(c, affine=False), _Pixels()],
+ENDINGS = {  # name -> last layers of a generator, by the number of channels and the way back to pixels
+    "sigmoid": lambda c, pixels: [nn.Sigmoid()],
+    "norm": lambda c, pixels: [nn.BatchNorm2d(c, affine=False), pixels],
+    "tanh+norm": lambda c, pixels: [nn.Tanh(), nn.BatchNorm2d(c, affine=False), pixels],
 }
 
 
@@ -38,12 +43,17 @@ def make_generator(
     latent: int = 100,  # numbers an image is made from, >= 1
     ending: str = "sigmoid",  # a name of `ENDINGS`
     seed: int = 0,  # of the first weights
+    mean: float = 0.5,  # of the pixels of a batch, where it ends in a batch norm
+    std: float = 0.25,  # their standard deviation, > 0
 ) -> nn.Sequential:  # takes [n, latent], gives [n, C, H, W]
     "A network that turns random numbers into images."
     c, h, w = shape
     if h % 4 or w % 4 or min(shape) < 1:
         raise ValueError(f"a generator makes images whose sides are multiples of 4, got {tuple(shape)}; pad them")
     if min(width, latent) < 1: raise ValueError(f"width and latent must be at least 1, got {width} and {latent}")
+    if not (0 <= mean <= 1 and std > 0):
+        raise ValueError(f"mean must lie in [0, 1] and std above 0, got {mean} and {std}; MNIST has 0.1307 and 0.3081")
+    end = pick(ENDINGS, ending, "ending")(c, _Pixels(mean, std))
     double = lambda a, b: [nn.Upsample(scale_factor=2), nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b),
                            nn.LeakyReLU(0.2)]
     with torch.random.fork_rng(devices=[]):
@@ -51,7 +61,7 @@ def make_generator(
         front = [nn.Linear(latent, 2 * width * (h // 4) * (w // 4)), nn.Unflatten(1, (2 * width, h // 4, w // 4)),
                  nn.BatchNorm2d(2 * width)]
         hidden = [*double(2 * width, 2 * width), *double(2 * width, width)]
-        return nn.Sequential(*front, *hidden, nn.Conv2d(width, c, 3, padding=1), *pick(ENDINGS, ending, "ending")(c))
+        return nn.Sequential(*front, *hidden, nn.Conv2d(width, c, 3, padding=1), *end)
 
 
 def imagine(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import generator, option, pick, to_float, to_stored
 from ..pictures.sources import parse_source
 from kd_arbitrary.students.generators import (
-    ENDINGS, activation_loss, as_logits, boundary_loss, divergence, entropy_loss, first_linear,
+    activation_loss, as_logits, boundary_loss, divergence, entropy_loss, first_linear,
     imagine, make_generator, one_hot_loss, statistics_loss, watching,
 )
 from ..teachers.teacher import Teacher
@@ -35,9 +35,19 @@ class Making:
     width: int = option(64, "Channels of the generator's last hidden layer")
     latent: int = option(100, "Random numbers an image is made from")
     ending: str = option("norm", "How the generator ends: sigmoid, norm, tanh+norm")
+    mean: float = option(0.5, "Mean of the pixels of a batch, where it ends in a batch norm")
+    std: float = option(0.25, "Their standard deviation, above 0")
     rate: float = option(1e-3, "Learning rate of the generator's Adam")
     fades: bool = option(False, "The rate falls to zero by half a cosine")
     taught: int = option(1, "Student steps a round, 1 or more")
+
+    def maker(
+        self,
+        shape: tuple[int, int, int],  # of its images
+        seed: int,  # of its first weights
+    ) -> nn.Sequential:
+        "The generator as it begins."
+        return make_generator(shape, self.width, self.latent, self.ending, seed, self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +294,7 @@ def read_method(
     if min(making.width, making.latent, making.taught, getattr(making, "steps", 1)) < 1 or not making.rate > 0:
         raise ValueError(f"{text!r}: width, latent, taught, steps and rate must be positive")
     if not 0 <= getattr(making, "warm", 0.0) < 1: raise ValueError(f"{text!r}: warm must be a share in [0, 1)")
-    pick(ENDINGS, making.ending, "ending")
+    making.maker((1, 4, 4), 0)  # refuses an ending, or pixels, that cannot be
     return name, making
 
 
@@ -346,7 +356,7 @@ def _trained(
 ) -> nn.Module:
     "A generator, trained by DAFL's losses alone."
     contest = Contest(updates=steps, batch_size=batch, seed=seed)
-    maker = make_generator(teacher.input_shape, making.width, making.latent, making.ending, seed).to(teacher.device)
+    maker = making.maker(teacher.input_shape, seed).to(teacher.device)
     duel = Duel(teacher, nn.Identity(), "dafl", maker, making, contest, steps,
                 torch.optim.Adam(maker.parameters(), making.rate),
                 None, [], None, str(teacher.device))
