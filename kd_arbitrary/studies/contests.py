@@ -25,12 +25,12 @@ def rivals_check() -> list[Run]:
     inverted = dict(target="cifar10", n=512, balance="none", temperature=20, epochs=40, views="crop+flip", lr=2e-3)
     short = "deepinversion(steps=120,lr=0.1,bfloat16=True)"
     dafl = dict(source="dafl(width=16,rate=0.01,ending='sigmoid')", temperature=1)
+    told = dict(source=f"dafl(width=16,rate=0.01,mean={MEAN},std={STD})", temperature=1)
     zskt = dict(source="zskt(width=16,ending='sigmoid')", temperature=1)
     fast = dict(source="fast(width=16,taught=50)", temperature=20)
     loops = [dict(source="dafl(width=16,rate=0.01)", updates=2_400, temperature=1),
              dafl | dict(updates=2_400), zskt | dict(updates=4_000), fast | dict(updates=4_400),
-             *(dafl | dict(source=f"dafl(width=16,rate=0.01,mean={MEAN},std={STD})", updates=u) for u in (2_400, 24_000)),
-             dafl | dict(updates=24_000), zskt | dict(updates=40_000), fast | dict(updates=88_000)]
+             told | dict(updates=2_400), told | dict(updates=24_000), dafl | dict(updates=24_000), zskt | dict(updates=40_000), fast | dict(updates=88_000)]
     return ([Run(source="zskd(steps=40,lr=0.05)", views=v, **zskd) for v in ("none", "affine")]
             + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", views="none", **zskd)]
             + [Run(target="mnist", views="none", lr=2e-3, bfloat16=True, **way) for way in loops])
