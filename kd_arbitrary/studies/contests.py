@@ -30,7 +30,8 @@ def rivals_check() -> list[Run]:
     fast = dict(source="fast(width=16,taught=50)", temperature=20)
     loops = [dict(source="dafl(width=16,rate=0.01)", updates=2_400, temperature=1),
              dafl | dict(updates=2_400), zskt | dict(updates=4_000), fast | dict(updates=4_400),
-             told | dict(updates=2_400), told | dict(updates=24_000), dafl | dict(updates=24_000), zskt | dict(updates=40_000), fast | dict(updates=88_000)]
+             told | dict(updates=2_400), told | dict(updates=24_000),
+             dafl | dict(updates=24_000), zskt | dict(updates=40_000), fast | dict(updates=88_000)]
     return ([Run(source="zskd(steps=40,lr=0.05)", views=v, **zskd) for v in ("none", "affine")]
             + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", views="none", **zskd)]
             + [Run(target="mnist", views="none", lr=2e-3, bfloat16=True, **way) for way in loops])
