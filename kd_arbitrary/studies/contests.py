@@ -42,7 +42,7 @@ def rivals_check() -> list[Run]:
 RACING = dict(batch_size=64, balance="none", views="none", bfloat16=True)
 DRAWN_THERE = "strokes+glyphs+pyramid"  # the arbitrary images of the race, as in `DEVELOPED`
 PIXELS = "ending='sigmoid'"  # how generators end here; published ones end in units of the data, which are not known
-# contestant -> three settings that were tried; published temperatures, and rates that small budgets allow
+# contestant -> settings that were tried; published temperatures, and rates that small budgets allow
 TRIED = dict(
     dafl=[dict(source=s, temperature=1, lr=5e-3, updates=u) for s, u in
           ((f"dafl(width=16,rate=0.01,{PIXELS})", 500), (f"dafl(width=16,rate=0.003,{PIXELS})", 500),
@@ -62,7 +62,11 @@ TRIED = dict(
                (dict(n=1_500, updates=1_300), dict(n=1_500, updates=750, views="affine+mixup"),
                 dict(n=1_500, updates=750, views="affine+cutmix"))],
 )
-
+# rivals, with their images altered before the student sees them: the best setting so far and its steps, fewer, since
+# the teacher is asked about each view
+for contestant, (best, steps) in dict(dafl=(0, 480), zskt=(0, 1_450), fast=(2, 1_700), zskd=(2, 1_200)).items():
+    TRIED[contestant] += [TRIED[contestant][best] | dict(views=views, updates=steps)
+                          for views in ("affine+mixup", "shrink+flip+speckle")]
 
 # the published ending: three trials of each on the digits, and a core-minute of DAFL on MNIST
 AS_PUBLISHED = [dict(target="digits", source=s, updates=u) for s, u in
@@ -74,9 +78,9 @@ AS_PUBLISHED.append(dict(target="mnist", source="dafl(width=8,rate=0.01)", updat
 
 @grid
 def race_trials() -> list[Run]:
-    """The digits, a third of a core-minute each: three settings for each contestant of the race; and generators that
-    end as published."""
-    trials = [dict(target="digits") | trial for trials in zip(*TRIED.values()) for trial in trials]
+    """The digits, a third of a core-minute each: settings for each contestant of the race, five of a rival and three of
+    ours; and generators that end as published."""
+    trials = [dict(target="digits") | trial for ways in TRIED.values() for trial in ways]
     return [Run(**RACING | trial) for trial in trials + [dict(temperature=1, lr=5e-3) | way for way in AS_PUBLISHED]]
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-race
