@@ -53,6 +53,9 @@ def make_generator(
     if min(width, latent) < 1: raise ValueError(f"width and latent must be at least 1, got {width} and {latent}")
     if not (0 <= mean <= 1 and std > 0):
         raise ValueError(f"mean must lie in [0, 1] and std above 0, got {mean} and {std}; MNIST has 0.1307 and 0.3081")
+    if ending == "sigmoid" and (mean, std) != (0.5, 0.25):
+        raise ValueError(f"a generator that ends in a sigmoid cannot be told mean={mean} and std={std}; "
+                         "take ending='norm' or 'tanh+norm'")
     end = pick(ENDINGS, ending, "ending")(c, _Pixels(mean, std))
     double = lambda a, b: [nn.Upsample(scale_factor=2), nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b),
                            nn.LeakyReLU(0.2)]

@@ -333,12 +333,14 @@ def dafl_images(
     rate: float = 0.2,  # of its Adam
     batch: int = 512,  # images a step
     ending: str = "tanh+norm",  # how it ends: a name of `ENDINGS`
+    mean: float = 0.5,  # of the pixels of a batch, where it ends in a batch norm
+    std: float = 0.25,  # their standard deviation, > 0
     sure: float = 1.0,  # weight of the one-hot loss
     active: float = 0.1,  # weight of the activation loss
     even: float = 5.0,  # weight of the information entropy loss, the balance term
 ) -> list[Batch]:
     "Images of a generator that was trained by DAFL's losses; it is trained when the first of them is wanted."
-    making = Dafl(width=width, rate=rate, ending=ending, sure=sure, active=active, even=even)
+    making = Dafl(width=width, rate=rate, ending=ending, mean=mean, std=std, sure=sure, active=active, even=even)
     trained = cache(lambda: _trained(commission.teacher, making, steps, batch, commission.seed))
     sizes = [len(i) for i in torch.arange(commission.n).split(DRAWN_AT_ONCE)]
     return [(b, partial(lambda b, seed: to_float(imagine(trained(), b, seed)), b, i)) for i, b in enumerate(sizes)]
