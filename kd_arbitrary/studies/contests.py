@@ -90,13 +90,13 @@ MINUTES_IN_COLOUR = (10, 30)  # on CIFAR-10
 MOST = dict(cifar100_unrelated=42_000)  # source -> images there are
 # contestant -> its settings: for each, the best of its trials by the digits' accuracy (`race_trials`)
 RACERS = dict(
-    dafl=TRIED["dafl"][0], zskt=TRIED["zskt"][4], fast=TRIED["fast"][2], zskd=TRIED["zskd"][3],
+    dafl=TRIED["dafl"][0], zskt=TRIED["zskt"][4], fast=TRIED["fast"][2], zskd=TRIED["zskd"][4],
     drawn=TRIED["arbitrary"][2] | dict(balance="none"), repeat=TRIED["arbitrary"][2],
     fill=TRIED["arbitrary"][2] | dict(balance="fill"), impressed=TRIED["impressed"][2])
 # contestant -> (share of the time for making images, core-milliseconds an image, core-milliseconds a student step),
 # from the records of `race_trials`; on another machine a budget is another number of seconds, as its records say
 PACE = dict(
-    dafl=(0.0, 0.0, 37.4), zskt=(0.0, 0.0, 15.0), fast=(0.0, 0.0, 8.4), zskd=(0.6, 2.5, 7.1),
+    dafl=(0.0, 0.0, 37.4), zskt=(0.0, 0.0, 15.0), fast=(0.0, 0.0, 8.4), zskd=(0.6, 2.5, 8.1),
     drawn=(0.2, 0.35, 7.6), repeat=(0.2, 0.45, 7.6), fill=(0.2, 1.0, 7.6), impressed=(0.4, 1.9, 7.7))
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-colour
