@@ -170,8 +170,8 @@ OTHERWISE = dict(zskt=[("none", 5_217)], zskd=[("affine+mixup", 3_380), ("shrink
 def race_altered() -> list[Run]:
     """MNIST and Fashion-MNIST, three teachers, a core-minute: ZSKT with images as they are, ZSKD with images altered
     gently and strongly; beside the race."""
-    return [replace(race_run(c, t, 1, seed), views=views, updates=steps) for seed in range(3) for t in NEAR
-            for c, ways in OTHERWISE.items() for views, steps in ways]
+    return [replace(race_run(c, t, 1, seed), views=views, updates=steps, relabel=views != "none")
+            for seed in range(3) for t in NEAR for c, ways in OTHERWISE.items() for views, steps in ways]
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-mix
 @grid
