@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import generator, option, pick, to_float, to_stored
 from ..pictures.sources import parse_source
 from kd_arbitrary.students.generators import (
-    activation_loss, as_logits, boundary_loss, divergence, entropy_loss, first_linear,
+    activation_loss, as_logits, boundary_loss, divergence, ending_layers, entropy_loss, first_linear,
     imagine, make_generator, one_hot_loss, statistics_loss, watching,
 )
 from ..teachers.teacher import Teacher
@@ -294,7 +294,7 @@ def read_method(
     if min(making.width, making.latent, making.taught, getattr(making, "steps", 1)) < 1 or not making.rate > 0:
         raise ValueError(f"{text!r}: width, latent, taught, steps and rate must be positive")
     if not 0 <= getattr(making, "warm", 0.0) < 1: raise ValueError(f"{text!r}: warm must be a share in [0, 1)")
-    making.maker((1, 4, 4), 0)  # refuses an ending, or pixels, that cannot be
+    ending_layers(making.ending, 1, making.mean, making.std)
     return name, making
 
 

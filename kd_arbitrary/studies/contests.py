@@ -97,7 +97,8 @@ RACERS = dict(
     drawn=TRIED["arbitrary"][2] | dict(balance="none"), repeat=TRIED["arbitrary"][2],
     fill=TRIED["arbitrary"][2] | dict(balance="fill"), impressed=TRIED["impressed"][2])
 # contestant -> (share of the time for making images, core-milliseconds an image, core-milliseconds a student step),
-# from the records of `race_trials`; on another machine a budget is another number of seconds, as its records say
+# from the records of `race_trials`, ZSKT a little faster than there, in its favour; on another machine a budget is
+# another number of seconds, as its records say
 PACE = dict(
     dafl=(0.0, 0.0, 37.4), zskt=(0.0, 0.0, 15.0), fast=(0.0, 0.0, 8.4), zskd=(0.6, 2.5, 4.6),
     drawn=(0.2, 0.35, 7.6), repeat=(0.2, 0.45, 7.6), fill=(0.2, 1.0, 7.6), impressed=(0.4, 1.9, 7.7))
@@ -162,7 +163,8 @@ def race_cifar10() -> list[Run]:
     return list(race_plan(("cifar10",)))
 
 
-# a core-minute in which the student sees images otherwise than in the race: (views, steps)
+# a core-minute in which the student sees images otherwise than in the race: (views, steps that fill it by
+# `race_trials`)
 OTHERWISE = dict(zskt=[("none", 5_217)], zskd=[("affine+mixup", 3_380), ("shrink+flip+speckle", 2_963)])
 
 
