@@ -96,6 +96,11 @@ class Effect:
 
     def __str__(self): return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
+    @property
+    def sign(self) -> str:  # above zero, below zero, or not distinguishable from zero
+        "Where zero lies beside the interval, in words."
+        return "above zero" if self.low > 0 else "below zero" if self.high < 0 else "not distinguishable from zero"
+
 
 def _counts(
     pairs: pd.DataFrame,  # of `gains`
