@@ -11,7 +11,8 @@ from scipy.io import savemat
 from torchvision.datasets import cifar, svhn
 
 from kd_arbitrary.experiment import grid_table
-from kd_arbitrary.studies.grids import cifar100_full, smoke
+from kd_arbitrary.studies.contests import race
+from kd_arbitrary.studies.grids import GRIDS, cifar100_full, smoke
 from kd_arbitrary.studies.records import _attempt, grid_status, read_records, run_grid
 from kd_arbitrary.studies.execution import execute, now
 from kd_arbitrary.studies.runs import Run, passes, steps
@@ -161,3 +162,11 @@ def test_out_of_balance_on_purpose(root):
     assert [a + p for a, p in zip(record["report"]["accepted"], record["report"]["perturbed"])] == wanted
     even = execute(replace(run, imbalance=1, missing=0), root=root, show=False)
     assert even["report"]["quota"] == [40] * 10 and even["results"]["entropy"] > record["results"]["entropy"]
+
+
+def test_every_record_belongs_to_its_grid():
+    folders = {p.name: {f.stem for f in p.glob("*.json")} for p in (Path(__file__).parent.parent / "data/results").iterdir() if p.is_dir()}
+    assert folders.keys() - GRIDS.keys() <= {"benchmarks", "teachers", "tuning"}
+    stray = {name: keys - {r.key for r in GRIDS[name]()} for name, keys in folders.items() if name in GRIDS}
+    assert not any(stray.values()), f"runs that their grid does not have: {stray}"
+    assert folders["race"] & {r.key for r in race()}
