@@ -120,7 +120,7 @@ RACERS_IN_COLOUR = dict(
 PACE_IN_COLOUR = dict(
     dafl=(0.0, 0.0, 548.0), zskt=(0.0, 0.0, 395.0), fast=(0.0, 0.0, 350.0), zskd=(0.6, 134.0, 137.0),
     deepinversion=(0.6, 401.0, 137.0), drawn=(0.2, 7.2, 137.0), repeat=(0.2, 14.2, 137.0), fill=(0.2, 10.1, 137.0),
-    impressed=(0.4, 36.0, 137.0), photographs=(0.2, 7.7, 137.0))
+    impressed=(0.4, 50.0, 137.0), photographs=(0.2, 7.7, 137.0))
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-plan
 def race_run(
