@@ -68,7 +68,7 @@ def test_json_stands_alone_on_stdout(done):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--target", "digit"], "unknown target 'digit'; expected one of: digits, mnist, fmnist, cifar10, cifar100, kmnist_half, notmnist_half. Did you mean 'digits'?"),
+    (["--target", "digit"], "unknown target 'digit'; expected one of: digits, mnist, fmnist, cifar10, cifar100, kmnist_half, notmnist_half, cifar100_coarse. Did you mean 'digits'?"),
     (["--source", "stroke"], "Did you mean 'strokes'"), (["--source", "a b"], "cannot read the source"), (["--student", "lenet"], "lenet5_half"),
     (["--balance", "even"], "none, quota, repeat, reweight, fill"), (["--views", "blur"], "expected one of: affine"), (["--loss", "ce"], "kl, mse, l1"),
     (["--n", "3"], "n=3 images cannot cover 10 classes"), (["--temperature", "0"], "temperature must be positive"), (["--device", "abacus"], "auto, cpu or cuda"),

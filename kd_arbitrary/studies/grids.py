@@ -6,12 +6,12 @@
 __all__ = ['GRIDS', 'MIXTURE', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG',
            'NEAR', 'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
            'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'COLOURED', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN',
-           'REFERENCES', 'NARROW', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed',
-           'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
+           'REFERENCES', 'TRIALS_IN_COLOUR', 'NARROW', 'grid', 'smoke', 'first_results', 'image_free', 'impressions',
+           'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
            'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development',
            'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full',
-           'cifar100_full', 'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn', 'photos_cifar100',
-           'photos_views', 'select']
+           'cifar100_full', 'development_colour', 'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn',
+           'photos_cifar100', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict
@@ -368,6 +368,20 @@ def _photos(
 ) -> list[Run]:
     "The cells with one seed, then with the next."
     return [Run(seed=seed, **PHOTOS | common | cell) for seed in range(seeds) for cell in cells]
+
+TRIALS_IN_COLOUR = (  # over coloured programs, filled: what else is drawn, seen, balanced, and how soft scores are
+    *(dict(), dict(source=MIXTURE), dict(source=MIXTURE, views="affine+mixup"), dict(views="affine+mixup")),
+    *(dict(views="crop+flip+cutmix"), dict(balance="none"), dict(balance="repeat")),
+    *(dict(balance="impress", impressed=DEVELOPED["impressed"]), dict(temperature=4.0), dict(temperature=20.0)),
+)
+
+
+@grid
+def development_colour() -> list[Run]:
+    """Ten superclasses of CIFAR-100, AlexNet to its half, 10,000 images, 2,000 steps: coloured programs, filled, and one
+    change at a time; for choosing, not quoting."""
+    fixed = PHOTOS | dict(target="cifar100_coarse", source=COLOURED, n=10_000, updates=2_000)
+    return [Run(seed=seed, **fixed | trial) for seed in range(2) for trial in TRIALS_IN_COLOUR]
 
 
 @grid
