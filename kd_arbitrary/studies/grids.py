@@ -378,8 +378,8 @@ TRIALS_IN_COLOUR = (  # over coloured programs, filled: what else is drawn, seen
 
 @grid
 def development_colour() -> list[Run]:
-    """Ten superclasses of CIFAR-100, AlexNet to its half, 10,000 images, 2,000 steps: coloured programs, filled, and one
-    change at a time; for choosing, not quoting."""
+    """Ten superclasses of CIFAR-100, AlexNet to its half, 10,000 images, 2,000 steps: coloured programs, filled, and
+    one change at a time; for choosing, not quoting."""
     fixed = PHOTOS | dict(target="cifar100_coarse", source=COLOURED, n=10_000, updates=2_000)
     return [Run(seed=seed, **fixed | trial) for seed in range(2) for trial in TRIALS_IN_COLOUR]
 
