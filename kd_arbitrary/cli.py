@@ -31,13 +31,12 @@ from kd_arbitrary.options import (
     _read, _said, _say, _spelt, _unsaid, exit_with,
 )
 from .pictures.files import SUFFIXES
-from .pictures.sources import make_source
+from .pictures.sources import COLOURED, MIXTURE, make_source, usual_source
 from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
-from .studies.grids import MIXTURE
 from .studies.jobs import execute_job
-from .studies.own import Job, check_job, job_teacher, planned
+from .studies.own import FASTEST, Job, check_job, job_teacher, planned
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
@@ -151,7 +150,8 @@ def kd_distill(
                       _unsaid("Where images come from: {drawn}; real pictures: {real}; "
                               "made by the teacher's gradients: {made}; made while the student learns: {loops}; "
                                    f"a weighted sum of these; or the target itself: {', '.join(GIVEN)}",
-                                   f"{SHOWN['digits']} for digits, else {MIXTURE}")] = None,
+                                   f"{SHOWN['digits']} for digits, else {MIXTURE}; "
+                                   f"in colour {COLOURED}")] = None,
     balance: Annotated[str | None,
                        _unsaid("How classes are made equally frequent: {balance}",
                                "fill; repeat for a black box")] = None,
@@ -164,14 +164,14 @@ def kd_distill(
                       _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
     views: Annotated[str | None,
                      _unsaid("What happens to images in the loop: names joined by +, of {views}; or none",
-                             "affine+mixup; none for a black box with a budget")] = None,
+                             "affine+mixup; in colour crop+flip+mixup; "
+                             "none for a black box with a budget")] = None,
     relabel: Annotated[bool | None, _said("relabel")] = Run.relabel,
     cached_views: Annotated[int, _said("cached_views")] = Run.cached_views,
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,
     temperature: Annotated[float, _said("temperature")] = Run.temperature,
     batch_size: Annotated[int | None, _sized("Images per step", "batch_size")] = None,
-    lr: Annotated[float | None, _sized("Peak learning rate", "lr",
-                                               "; less for wide students of your own teacher")] = None,
+    lr: Annotated[float | None, _unsaid("Peak learning rate", f"{FASTEST:g}, less for wide students")] = None,
     teacher: Annotated[str | None,
                        _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts, .pt2), torchvision:NAME, "
                                "timm:NAME, hf:NAME, file.py:function, http://...; "
@@ -225,8 +225,8 @@ def kd_distill(
 def _lesson(
     asked: SimpleNamespace,  # the command line of `kd_distill`
 ) -> dict:  # fields of `Run` and `Job`
-    "How the student is taught: what was said, without the numbers that were not."
-    said = {k: getattr(asked, k) for k in ("n", "epochs", "batch_size", "lr") if getattr(asked, k) is not None}
+    "How the student is taught: what was said."
+    said = {k: v for k in ("n", "epochs", "batch_size", "lr", "views") if (v := getattr(asked, k)) is not None}
     always = ("relabel", "cached_views", "loss", "temperature", "bfloat16", "limit", "seed")
     return said | {k: getattr(asked, k) for k in always}
 
@@ -254,7 +254,7 @@ def _own_job(
     "The job of a teacher of the user's own."
     _misplaced(asked, TARGETS_OWN, "a benchmark; leave them out, or name its --target")
     if asked.export is not None: pick(dict.fromkeys(("onnx", "pt2")), asked.export, "kind of export")
-    as_said = ("teacher", "source", "balance", "views", "student", "empty")
+    as_said = ("teacher", "source", "balance", "student", "empty")
     job = Job(**_lesson(asked), **_read(asked.described), **{k: getattr(asked, k) for k in as_said})
     check_job(job)
     return job
@@ -280,11 +280,10 @@ def _benchmark_run(
                          "and judge the student by --test FOLDER")
     _misplaced(asked, TEACHERS_OWN, "a teacher of your own; leave them out, or name it with --teacher")
     target = asked.target or "digits"
-    source = asked.source or SHOWN.get(target, MIXTURE)
     as_said = ("teacher", "teacher_seed", "teacher_bn", "student", "init")
-    usual = {k: getattr(asked, k) or getattr(Run, k) for k in ("balance", "views", "empty")}
-    return Run(**settings(target, source) | _lesson(asked), **usual, **{k: getattr(asked, k) for k in as_said},
-               target=target, source=source, gives=asked.described["gives"] or Run.gives)
+    usual = {k: getattr(asked, k) or getattr(Run, k) for k in ("balance", "empty")}
+    return Run(**settings(target, asked.source, asked.student) | _lesson(asked), **usual, target=target,
+               **{k: getattr(asked, k) for k in as_said}, gives=asked.described["gives"] or Run.gives)
 
 
 def _from_benchmark(
@@ -316,7 +315,8 @@ def kd_diagnose(
     images: Images = None,
     source: Annotated[str | None,
                       _unsaid("Where images would come from: {drawn}; real pictures: {real}; "
-                              "made by the teacher's gradients: {made}; or a weighted sum", MIXTURE)] = None,
+                              "made by the teacher's gradients: {made}; or a weighted sum",
+                              f"{MIXTURE}; in colour {COLOURED}")] = None,
     n: Annotated[int | None, _unsaid("Images in the set that is planned", "20,000, or all there are", min=1)] = None,
     sample: Annotated[int | None, _unsaid("Images to look at", "2,000, fewer where they are large, a tenth of a "
                                           "budget", min=1)] = None,
@@ -342,14 +342,15 @@ def kd_diagnose(
     """
     with exit_with(2, debug):
         if out: pick(dict.fromkeys((".png", ".svg", ".pdf")), out.suffix.lower(), "kind of figure")
-        job = Job(teacher=teacher, source=source_of(images, source, strict) or MIXTURE, n=n, seed=seed,
+        job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed,
                   **_read(described))
         device = _device(device)
     with exit_with(1, debug, goes_on=False):
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
                    else job_teacher(job, ledger or _kept(job), device))
-        source = make_source(job.source, who.input_shape, root, teacher=who, n=sample or GENERATED, seed=seed)
+        source = make_source(job.source or usual_source(who.input_shape), who.input_shape, root, teacher=who,
+                             n=sample or GENERATED, seed=seed)
         n = planned(job, available(source))
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         kept = {folder.name: _whole(folder) for folder in sorted(results.glob("*/"))}

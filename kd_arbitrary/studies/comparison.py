@@ -13,19 +13,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 # %% ../../nbs/studies/15_comparison.ipynb #comparison-imports-core
-from ..core import ALONE, Alone
+from ..core import ALONE, Alone, pick
 from ..storage import write_atomic
+from ..pictures.sources import usual_source
+from ..pictures.views import usual_views
 from .execution import execute, locked
+from .own import usual_rate
 from .records import find_record, write_record
 from .report import write_report
 from .runs import GIVEN, SIZES, Run, looped, updates
+from ..teachers.networks import MODELS, make_model
+from ..teachers.recipes import RECIPES
 from ..transfer.sets import TransferSet
 
 # %% ../../nbs/studies/15_comparison.ipynb #cli-rows
 # two minutes on two cores; chosen by held-out agreement
-JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128, lr=0.01)}
-JOB = dict(n=60_000, epochs=10, batch_size=128, lr=0.01)  # all other targets
+JOBS = {"digits": dict(n=20_000, epochs=10, batch_size=128)}
+JOB = dict(n=60_000, epochs=10, batch_size=128)  # all other targets
 SHOWN = {"digits": "strokes"}  # target -> source where none is named; an example in which balance is seen to act
 FEW = {"digits": 200}  # target -> images of the small set that is shown beside the large one
 # each image is asked about once
@@ -34,12 +41,17 @@ SCARCE = dict(views="none", relabel=False, epochs=None, updates=600, batch_size=
 
 def settings(
     target: str,  # name of a target
-    source: str,  # as in `Run`
-) -> dict:  # n, epochs, batch_size, lr
+    source: str | None = None,  # as in `Run`
+    student: str | None = None,  # network; None: the target's recipe
+) -> dict:  # n, epochs, batch_size, lr, views, source
     "What is meant where nothing is said."
+    _, shape, k = pick(SIZES, target, "target")
     job = JOBS.get(target, JOB)
-    return (job | dict(n=None, epochs=_as_long(job["epochs"] * job["n"], target)) if source in GIVEN and target in SIZES
-            else job)
+    if source in GIVEN: job = job | dict(n=None, epochs=_as_long(job["epochs"] * job["n"], target))
+    student = student or RECIPES[target]["half"]
+    pick(MODELS, student, "student")
+    with torch.device("meta"): rate = usual_rate(make_model(student, shape, k))
+    return job | dict(lr=rate, views=usual_views(shape), source=source or SHOWN.get(target, usual_source(shape)))
 
 
 def _as_long(

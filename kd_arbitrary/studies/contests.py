@@ -11,7 +11,8 @@ __all__ = ['MNIST_MEAN', 'MNIST_STD', 'RACING', 'DRAWN_THERE', 'PIXELS', 'TRIED'
 from dataclasses import replace
 
 from ..core import pick
-from .grids import COLOURED, NEAR, WIDE, grid
+from ..pictures.sources import COLOURED
+from .grids import NEAR, WIDE, grid
 from .runs import Run
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-rivals

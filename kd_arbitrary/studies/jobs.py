@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from ..core import ALONE, Alone, generator
 from ..storage import write_atomic
 from ..pictures.files import read_pictures
-from ..pictures.sources import Source, make_source, source_from
+from ..pictures.sources import Source, make_source, source_from, usual_source
 from ..students.distill import Distilled, distill
 from ..students.evaluate import agreement, evaluate, machine, peak_memory_mb, versions
 from ..students.export import export_student, make_student, save_student
-from .grids import MIXTURE
 from .own import IMAGES, Job, job_teacher, settle, usual_rate
 from .report import write_report
 from .facts import Record
@@ -82,8 +81,8 @@ def _source(
 ) -> Source:
     "Where images come from."
     if images is None:
-        return make_source(job.source or MIXTURE, teacher.input_shape, root, teacher=teacher, n=job.n or IMAGES,
-                           seed=job.seed, show=show)
+        return make_source(job.source or usual_source(teacher.input_shape), teacher.input_shape, root,
+                           teacher=teacher, n=job.n or IMAGES, seed=job.seed, show=show)
     if isinstance(images, Source): return images
     return source_from(images, teacher.input_shape, root, show=show)
 

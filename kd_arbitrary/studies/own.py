@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../../nbs/studies/12_own.ipynb #own-imports-core
 from ..core import option
-from ..pictures.views import make_views
+from ..pictures.views import make_views, usual_views
 from ..students.distill import Lesson
 from ..students.losses import LOSSES
 from ..teachers.adapters import QUESTION, load_teacher
@@ -30,14 +30,17 @@ IMAGES = 20_000  # in a transfer set where nothing is said
 class Job(Lesson, Balancing):
     "All that defines one job: the settings of balance and lesson, and these."
     teacher: str = option("", "The teacher: a file, torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...")
-    source: str | None = option(None, "Where images come from", unsaid="strokes and noise, or the images given")
+    source: str | None = option(None, "Where images come from",
+                                unsaid="strokes and noise, in colour programs, leaves, objects and spectra; "
+                                       "or the images given")
     n: int | None = option(None, "Images in the transfer set", unsaid="20,000, or all there are")
     balance: str | None = option(None, "How classes are made equally frequent", unsaid="fill; repeat for a black box")
     lr: float | None = option(None, "Peak learning rate", unsaid="0.01, less for wide students: see usual_rate")
     student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME",
                                  unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
     views: str | None = option(None, "What happens to images in the loop",
-                               unsaid="affine+mixup; none for a black box with a budget")
+                               unsaid="affine+mixup, in colour crop+flip+mixup; "
+                                      "none for a black box with a budget")
     classes: tuple[str, ...] | int | None = option(None, "Names of the classes, or how many",
                                                    unsaid="as the teacher says")
     input_shape: tuple[int, int, int] | None = option(None, "Channels, height, width of its images",
@@ -92,9 +95,9 @@ def settle(
         raise ValueError(f"{most:,} images cannot cover {len(teacher.classes):,} classes; ask for more "
                          "(--n, --budget), or mix a few pictures with drawn ones, as in --source "
                          "\"0.5*folder(path='PICTURES')+0.5*strokes\"")
-    out = dict(student=student, n=most, views=_views(job), empty=job.empty or ("keep" if job.budget else "refuse"),
-               recheck=_recheck(job), balance=job.balance or _balance(job, teacher))
-    if job.budget: out |= dict(limit=min(x for x in (job.limit, _affordable(job, "none")) if x is not None))
+    out = dict(student=student, n=most, views=_views(job, teacher.input_shape), recheck=_recheck(job),
+               empty=job.empty or ("keep" if job.budget else "refuse"), balance=job.balance or _balance(job, teacher))
+    if job.budget: out |= dict(limit=min(x for x in (job.limit, _affordable(job, False)) if x is not None))
     return replace(job, **out)
 
 
@@ -103,14 +106,15 @@ def planned(
     size: int | None,  # of the source; None: endless
 ) -> int:
     "Images in the set: what was said, and never more than there are or than a budget allows."
-    return min(x for x in (job.n or IMAGES, size, _affordable(job, _views(job))) if x is not None)
+    return min(x for x in (job.n or IMAGES, size, _affordable(job, job.views not in (None, "none"))) if x is not None)
 
 
 def _views(
     job: Job,  # as the user wrote it
+    shape: tuple[int, int, int],  # (C, H, W) of the teacher's images
 ) -> str:
     "The views of each image where nothing is said; within a budget there are none to ask about."
-    return job.views or ("none" if job.budget else "affine+mixup")
+    return job.views or ("none" if job.budget else usual_views(shape))
 
 
 def _balance(
@@ -130,12 +134,12 @@ def _recheck(
 
 def _affordable(
     job: Job,  # any
-    views: str,  # that are made of each image
+    viewed: bool,  # its views are asked about, too
 ) -> int | None:  # images; None: any number
     "How many images a budget allows: the first question and those asked twice count, and so do views."
     if job.budget is None: return None
     asked = (job.budget - QUESTION) / (1 + _recheck(job))
-    images = int(asked / (1 if views == "none" else 1 + job.cached_views))
+    images = int(asked / (1 + job.cached_views if viewed else 1))
     if images < 1: raise ValueError(f"a budget of {job.budget:,} questions allows no image; give a larger --budget")
     return images
 
