@@ -82,7 +82,8 @@ def comparison(
     if looped(run.source): return dict(adversarial=run, original=replace(run, source="original", balance="none",
             n=None, updates=run.updates))
     plain = replace(run, balance="none")
-    bound = replace(plain, source="original", n=None, epochs=_as_long(run.epochs * run.n, run.target))
+    seen, size = run.epochs * run.n, SIZES[run.target][0]
+    bound = replace(plain, source="original", n=min(seen, size), epochs=_as_long(seen, run.target))
     return dict(unbalanced=plain) | (dict(balanced=run) if run.balance != "none" else {}) | dict(original=bound)
 
 
