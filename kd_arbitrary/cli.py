@@ -173,8 +173,8 @@ def kd_distill(
     batch_size: Annotated[int | None, _sized("Images per step", "batch_size")] = None,
     lr: Annotated[float | None, _unsaid("Peak learning rate", f"{FASTEST:g}, less for wide students")] = None,
     teacher: Annotated[str | None,
-                       _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts, .pt2), torchvision:NAME, "
-                               "timm:NAME, hf:NAME, file.py:function, http://...; "
+                       _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts; .pt2 or a pickle with "
+                               "--allow-pickle), torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; "
                                "or, for a target, its network: {teacher}", "the target's recipe")] = None,
     teacher_seed: Annotated[int, _said("teacher_seed")] = Run.teacher_seed,
     teacher_bn: Annotated[str, _said("teacher_bn")] = Run.teacher_bn,

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['GRIDS', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG', 'NEAR',
-           'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
+           'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'APART', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
            'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES',
            'TRIALS_IN_COLOUR', 'NARROW', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed',
            'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
-           'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'headline_controls', 'reference', 'development',
-           'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small', 'cifar10_full',
-           'cifar100_full', 'development_colour', 'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn',
-           'photos_cifar100', 'photos_views', 'select']
+           'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'seeds_apart', 'headline_controls', 'reference',
+           'development', 'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small',
+           'cifar10_full', 'cifar100_full', 'development_colour', 'photos_cifar10', 'photos_asked', 'photos_best',
+           'photos_wrn', 'photos_cifar100', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports-core
 from ..core import Registry
@@ -129,6 +129,7 @@ CONVERGED = dict(n=20_000, updates=7_450)  # fifty passes over what is not held 
 TEACHERS = range(4)  # seeds: of the teacher, and of everything its student draws
 # the control, the best way by counting, the way by gradients
 COUNTED = (dict(balance="none"), dict(balance="repeat"), dict(balance="fill"))
+APART = 10  # between a student's seed and its teacher's, where they shall differ
 ALL_WAYS = (*COUNTED, dict(balance="quota", limit=1_000_000), dict(balance="reweight"))
 
 
@@ -191,6 +192,13 @@ def verdict_relabelled() -> list[Run]:
     """MNIST and Fashion-MNIST, every view asked about, 7,450 steps, four teachers: four
     sources as drawn, repeated, filled."""
     return _verdict(("pyramid", "strokes", "near", "cifar10"), COUNTED, views="affine+mixup")
+
+
+@grid
+def seeds_apart() -> list[Run]:
+    """MNIST and Fashion-MNIST, strokes as drawn and filled once more, four teachers, with students whose seed is not
+    that of their teacher, and whose first weights so have nothing of its own."""
+    return [replace(run, seed=run.seed + APART) for run in _verdict(("strokes",), COUNTED[::2])]
 
 
 @grid

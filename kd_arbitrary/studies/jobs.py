@@ -200,9 +200,11 @@ def _compared(
     teacher: Teacher,  # a black box
 ) -> dict:  # agreement, or None, and the number of images it was measured on
     "Agreement with a teacher whose questions have a price: on what it answered before, and on what its budget allows."
-    known, left = teacher.box.knows(images), teacher.box.ledger.left
+    known, left, again = teacher.box.knows(images), teacher.box.ledger.left, teacher.box.recheck
+    # some of the questions that are left may be asked a second time
+    free = left if not again else (left - 1 - again * int(known.sum())) / (1 + again)
     order = torch.randperm(len(images), generator=generator("compared"))
-    new = order[~known[order]][: 0 if left == math.inf else int(left)]
+    new = order[~known[order]][: 0 if left == math.inf else max(0, int(free))]
     rows = torch.cat([known.nonzero()[:, 0], new])
     if not len(rows): return dict(agreement=None, compared=0)
     return dict(agreement=agreement(predict(model, images[rows]), teacher(images[rows])), compared=len(rows))

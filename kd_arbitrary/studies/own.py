@@ -15,7 +15,7 @@ from torch import nn
 # %% ../../nbs/studies/12_own.ipynb #own-imports-core
 from ..core import option
 from ..pictures.views import make_views, usual_views
-from ..students.distill import Lesson
+from ..students.distill import Lesson, check_lesson
 from ..students.losses import LOSSES
 from ..teachers.adapters import QUESTION, load_teacher
 from ..teachers.black_box import walled
@@ -85,6 +85,7 @@ def settle(
     size: int | None,  # of the source; None: endless
 ) -> Job:
     "What was left open, filled in."
+    check_lesson(teacher, job)
     small, gray = max(teacher.input_shape[1:]) <= 64, teacher.input_shape[0] == 1
     student = job.student or ("lenet5_half" if small and gray else "wrn16_1" if small else None)
     if student is None:
@@ -97,8 +98,17 @@ def settle(
                          "\"0.5*folder(path='PICTURES')+0.5*strokes\"")
     out = dict(student=student, n=most, views=_views(job, teacher.input_shape), recheck=_recheck(job),
                empty=job.empty or ("keep" if job.budget else "refuse"), balance=job.balance or _balance(job, teacher))
-    if job.budget: out |= dict(limit=min(x for x in (job.limit, _affordable(job, False)) if x is not None))
+    if job.budget: out |= dict(limit=min(x for x in (job.limit, _drawable(job, most)) if x is not None))
     return replace(job, **out)
+
+
+def _drawable(
+    job: Job,  # with a budget
+    images: int,  # in the set
+) -> int:
+    "How many images a budget allows to draw: the questions about the views of the set are set aside."
+    viewed = job.views not in (None, "none")
+    return _affordable(job, False) - (images * job.cached_views if viewed else 0)
 
 
 def planned(

@@ -20,11 +20,10 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 # %% ../../nbs/studies/13_report.ipynb #report-imports-core
-from ..core import generator
 from ..html import html_bars, html_box, html_facts
 from ..storage import write_atomic
 from ..students.methods import split_source
-from ..students.distill import html_history
+from ..students.distill import held_out, html_history
 from ..students.export import load_student
 from .own import Job
 from .records import RecordError, load_record
@@ -113,7 +112,7 @@ def _word(
     if name == "source" and (own := _IMAGES.fullmatch(value)): return ["--images", own[1]]
     if isinstance(value, bool): return [option] if value else ["--no-relabel"] if name == "relabel" else []
     if name == "classes" and not isinstance(value, int): return [option, json.dumps(value, ensure_ascii=False)]
-    return [option, ",".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)]
+    return [option, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
 
 
 def command_of(
@@ -160,7 +159,7 @@ def heldout_agreement(
     "Per class of the teacher, on how many held-out images the student sees the same."
     path, ts, s = told.folder / "student.safetensors", told.set, told.settings
     if ts is None or not path.exists() or split_source(s["source"])[0]: return None
-    held = torch.randperm(len(ts), generator=generator(s["seed"], "holdout"))[: int(s["holdout"] * len(ts))][:LOOKED_AT]
+    held = held_out(ts, s["holdout"], s["seed"])[0][:LOOKED_AT]
     if not len(held): return None
     model, k, names = load_student(path)[0], ts.scores.shape[1], class_names(ts)
     theirs = torch.cat([predict(model, ts.images[i]).argmax(1) for i in held.split(256)])

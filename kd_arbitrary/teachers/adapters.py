@@ -41,6 +41,11 @@ class Prepare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return x * self.scale + self.shift
 
+    def told(self) -> str:
+        "What it does to pixels, in a word; empty where it leaves them as they are."
+        if (self.scale == 1).all() and (self.shift == 0).all(): return ""
+        return f"of x * {self.scale.flatten().tolist()} + {self.shift.flatten().tolist()}"
+
 # %% ../../nbs/teachers/08_adapters.ipynb #adapters-answers
 def from_top(
     labels: Tensor,  # [n, m] integer labels, the likeliest first
@@ -96,6 +101,7 @@ def _chain(
     def ask(x): return (after or (lambda a: a))(torch.as_tensor(found.model(prepare.to(x.device)(x))))
     for name in ("fingerprint", "hint", "__qualname__"):
         if hasattr(found.model, name): setattr(ask, name, getattr(found.model, name))
+    if prepared := prepare.told(): ask.fingerprint = f"{Teacher(ask, 2, (1, 1, 1)).fingerprint} {prepared}"
     return ask
 
 

@@ -200,7 +200,8 @@ class BlackBox:
         for attempt in range(self.attempts):
             self._wait_turn(len(images))
             self.ledger.pay(len(images))
-            try: return self._checked(self.ask(images), len(images))
+            try:
+                with torch.no_grad(): return self._checked(self.ask(images), len(images))
             except (Busy, OSError, TimeoutError) as e:
                 if not getattr(e, "sent", True): self.ledger.refund(len(images))
                 if attempt + 1 == self.attempts:

@@ -125,9 +125,10 @@ class Program(nn.Module):
 @ADAPTERS.add(ends=(".pt2",))
 def exported(
     path: Path,  # a file of `torch.export.save`
-    options: dict,  # none
+    options: dict,  # allow_pickle
 ) -> Found:
-    "A program of `torch.export`; its batch size must be dynamic."
+    "A program of `torch.export`, if the file is trusted; its batch size must be dynamic."
+    if not options["allow_pickle"]: raise untrusted(f"{path}, a file of torch.export, holds pickles")
     try: program = torch.export.load(path)
     except Exception as e: raise ValueError(f"{path} is no file of torch.export: {in_short(e, 100)}") from None
     name = program.graph_signature.user_inputs[0]

@@ -114,7 +114,7 @@ class Teacher:
         check_images(images, self.input_shape)
         home, k = images.device, len(self.classes)
         with torch.inference_mode():
-            out = [check_answer(self._ask(to_float(x.to(self.device))), len(x), k, self.gives).to(home)
+            out = [check_answer(self._answer(to_float(x.to(self.device))), len(x), k, self.gives).to(home)
                    for x in images.split(batch_size) if len(x)]
         self.queries += len(images)
         return torch.cat(out).clone() if out else torch.empty(0, k)
@@ -129,7 +129,15 @@ class Teacher:
                              + getattr(self._ask, "hint", "use a strategy other than 'fill'"))
         self.queries += len(images)
         self.gradients += len(images)
-        return self.module(images)
+        return self._answer(images)
+
+    def _answer(
+        self,
+        images: Tensor,  # [n, C, H, W] float32 on the teacher's device
+    ) -> Tensor:
+        "What the model says; one image is no batch to take statistics of, so it is asked about twice."
+        if self.bn == "batch" and len(images) == 1: return self._ask(torch.cat([images, images]))[:1]
+        return self._ask(images)
 
     def __repr__(self):
         return (f"Teacher({type(self._ask).__name__}, {len(self.classes)} classes, input {self.input_shape}, "

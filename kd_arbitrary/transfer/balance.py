@@ -43,8 +43,49 @@ def _seeds(
     while True: yield int(torch.randint(2**31, (), generator=g)) if lasting else None
 
 
+class _Material:
+    "Images to nudge: the surplus, or where that is too little, every image; none is copied."
+
+    def __init__(
+        self,
+        kept: Pool,  # images accepted as drawn
+        spare: Pool,  # the surplus
+        short: Tensor,  # [K] images still missing per class
+        lasting: bool,  # impressions will be made, which are new images of their own class, too
+    ):
+        enough = len(spare) >= max(1, int(short.sum()))
+        parts = [pool.rows() for pool in ([spare] if enough else [kept, spare]) if len(pool)]
+        self.images, scores, origin = zip(*parts)
+        self.origin, own = torch.cat(origin), torch.cat(scores).argmax(1)
+        # [N, K] where each image was sent, or is: a second time would be a copy
+        self.made = torch.zeros(len(own), len(short), dtype=torch.bool).scatter_(1, own[:, None], not lasting)
+
+    def __len__(self): return len(self.made)
+
+    def __getitem__(
+        self,
+        i: Tensor,  # [b] positions
+    ) -> Tensor:  # [b, C, H, W]
+        "These images."
+        first = self.images[0]
+        if len(self.images) == 1: return first[i]
+        out, here = torch.empty(len(i), *first.shape[1:], dtype=first.dtype), i < len(first)
+        out[here], out[~here] = first[i[here]], self.images[1][i[~here] - len(first)]
+        return out
+
+    def fresh(
+        self,
+        i: Tensor,  # [b] positions
+        to: Tensor,  # [b] classes
+    ) -> Tensor:  # [b] bool
+        "Whether an image is sent to a class for the first time, in this block, too."
+        pairs, at = torch.unique(i * self.made.shape[1] + to, return_inverse=True)
+        first = torch.full((len(pairs),), len(i)).scatter_reduce_(0, at, torch.arange(len(i)), "amin")
+        return ~self.made[i, to] & (first[at] == torch.arange(len(i)))
+
+
 def _changed(
-    pool: Tensor,  # [N, C, H, W] images to start from
+    pool: _Material,  # images to start from
     teacher: Teacher,  # white box
     smooth: float,  # as for `push`
     bfloat16: bool,  # as for `push`
@@ -71,12 +112,10 @@ def _fill(
     ranks: Alone = ALONE,  # the processes that nudge
 ) -> Tensor:  # [K] what is still missing
     "Nudge surplus images into the classes that are short."
-    (pool, _, origin), short = (spare if len(spare) else kept).rows(), short.clone()
+    pool, short = _Material(kept, spare, short, lasting), short.clone()
     own = (kept if len(kept) else spare).rows()[1].topk(2, 1).values
     if teacher.gives == "probabilities": own = own.clamp_min(1e-12).log()
     gaps = (own[:, 0] - own[:, 1]).clamp_min(1e-3)
-    # which picture was sent where: no second time, that would be a copy
-    made = torch.zeros(len(pool), len(short), dtype=torch.bool)
     bar = progress(None, "filling", int(short.sum()), show)
     for attempt in range(rounds):
         g = generator(seed, "fill", attempt)
@@ -87,9 +126,9 @@ def _fill(
         tasks = zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED), _seeds(g, lasting))
         change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16)
         for (i, to, *_), (images, scores) in ranks.each(change, tasks):
-            right = (scores.argmax(1) == to) & ~made[i, to]
-            kept.add(images[right], scores[right], origin[i][right])
-            made[i[right], to[right]] = True
+            right = (scores.argmax(1) == to) & pool.fresh(i, to)
+            kept.add(images[right], scores[right], pool.origin[i][right])
+            pool.made[i[right], to[right]] = True
             short -= torch.bincount(to[right], minlength=len(short))
             bar.update(int(right.sum()))
         if not short.sum(): break

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Z', 'EVEN', 'FEW', 'FEWEST', 'MOST', 'SHARE', 'GENERATED', 'STEPS_A_NUDGE', 'share_interval', 'draws_needed',
-           'Diagnosis', 'usual_sample', 'diagnose', 'available']
+           'Diagnosis', 'generated', 'usual_sample', 'diagnose', 'available']
 
 # %% ../../nbs/transfer/06_diagnosis.ipynb #diag-imports
 import math
@@ -23,6 +23,7 @@ from ..teachers.teacher import Teacher
 from .balance import STRATEGIES
 from .collect import DRAWN, answered
 from .push import STEPS
+from .rivals import Made
 from .sets import TransferSet, histogram_entropy, make_set
 from .sets import diagnose as _diagnose_set
 
@@ -120,13 +121,21 @@ SHARE = 0.1  # of a budget
 GENERATED = 500  # images of a source that makes them with the teacher, which takes time
 
 
+def generated(
+    source: Source,
+) -> list[tuple[float, Made]]:  # its share of the images, and what makes it
+    "The parts that are made by asking."
+    return [(share, p.take) for share, p in zip(source.weights, source.pieces) if p.kind == "generated"]
+
+
 def usual_sample(
     source: Source,
     teacher: Teacher,
 ) -> int:
     "How many images to look at."
     pixels = 3 * 64 * 64 * MOST // math.prod(source.shape)
-    sample = min(MOST, max(FEWEST, pixels), source.size or MOST)
+    made = (int(len(take) / share) for share, take in generated(source))  # until the first of them runs out
+    sample = min(MOST, max(FEWEST, pixels), source.size or MOST, *made)
     budget = teacher.box.ledger.budget if hasattr(teacher, "box") else None
     return sample if budget is None else max(1, min(sample, int(SHARE * budget)))
 
@@ -232,7 +241,8 @@ def diagnose(
     if min(n, sample) < 1: raise ValueError(f"n and sample must be at least 1 image, got {n} and {sample}")
     seen, *paces = _look(what, teacher, sample, seed)
     told, draws = _diagnose_set(seen), draws_needed(seen.counts, n)
-    each = 1 + what.made().get("queries", 0) / len(seen)  # a generated image is asked about while it is made, too
+    # a generated image is asked about while it is made, too
+    each = 1 + sum(share * made.price["queries"] / len(made) for share, made in generated(what))
     size = available(what)
     costs = _costs(seen, *paces, teacher, n, each, size)
     return Diagnosis(what.text, teacher.classes, n, len(seen), tuple(seen.counts.tolist()), told["entropy"],

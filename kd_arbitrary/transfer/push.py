@@ -104,10 +104,13 @@ def push(
     unit = images.dtype == torch.uint8
     x, active = to_float(images).clone(), torch.arange(len(images))
     for _ in range(steps):
-        part = x[active].to(teacher.device).requires_grad_()
-        f = _margin(teacher, part, goal[active].to(teacher.device), bfloat16)
+        # where statistics are those of the batch, all of it is asked about, as it will be when the answers are checked
+        asked = torch.arange(len(x)) if teacher.bn == "batch" else active
+        part = x[asked].to(teacher.device).requires_grad_()
+        f = _margin(teacher, part, goal[asked].to(teacher.device), bfloat16)
         grad, = torch.autograd.grad(f.sum(), part)
         f, grad = f.detach().cpu(), grad.cpu()
+        if teacher.bn == "batch": f, grad = f[active], grad[active]
         far = f < ENOUGH * gap[active]
         active, f, grad = active[far], f[far], grad[far]
         if not len(active): break
