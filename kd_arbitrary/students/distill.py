@@ -112,7 +112,8 @@ def check_lesson(
         raise ValueError(f"holdout must be a share in [0, 0.5], got {settings.holdout}")
     if settings.cached_views < 1: raise ValueError(f"cached_views must be at least 1, got {settings.cached_views}")
     if settings.loss in LOSSES.where(logits=True) and teacher.gives != "logits":
-        raise ValueError(f"loss {settings.loss!r} compares logits, the teacher gives {teacher.gives}; use loss='kl' (--loss kl)")
+        raise ValueError(f"loss {settings.loss!r} compares logits, the teacher gives {teacher.gives}; "
+                         "use loss='kl' (--loss kl)")
 
 
 def _refuse(

@@ -23,7 +23,6 @@ from ..teachers.teacher import Teacher
 from .balance import STRATEGIES
 from .collect import DRAWN, answered
 from .push import STEPS
-from .rivals import Made
 from .sets import TransferSet, histogram_entropy, make_set
 from .sets import diagnose as _diagnose_set
 
@@ -123,7 +122,7 @@ GENERATED = 500  # images of a source that makes them with the teacher, which ta
 
 def generated(
     source: Source,
-) -> list[tuple[float, Made]]:  # its share of the images, and what makes it
+) -> list[tuple[float, object]]:  # its share of the images; what makes it, with a price
     "The parts that are made by asking."
     return [(share, p.take) for share, p in zip(source.weights, source.pieces) if p.kind == "generated"]
 
