@@ -68,6 +68,7 @@ def is_own(
     teacher: str | None,  # as the user wrote it
 ) -> bool:
     "Whether that is a teacher of the user's own, and not a network for a target."
+    if teacher == "": raise ValueError("--teacher is empty; name a file, KIND:NAME or an address, or leave it out")
     return teacher is not None and teacher not in MODELS and any(mark in teacher for mark in ":./")
 
 
@@ -349,6 +350,8 @@ def kd_diagnose(
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
                    else job_teacher(job, ledger or _kept(job), device))
+        if hasattr(who, "box"): _say(f"answers are kept in {(kept := who.box.ledger.path)}; give them to kd_distill "
+                                     f"with --ledger {kept}, and none is paid for again")
         source = make_source(job.source or usual_source(who.input_shape), who.input_shape, root, teacher=who,
                              n=sample or GENERATED, seed=seed)
         n = planned(job, available(source))

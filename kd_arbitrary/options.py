@@ -62,7 +62,8 @@ def exit_with(
             raise typer.Exit(status) from None
 
 
-_CLOSED, _FULL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _REMEDIES = (dict.fromkeys(_CLOSED, "choose a place that you may use (--out, --root)")
              | dict.fromkeys(_FULL, "free some space, or choose another place (--out, --root)"))
 

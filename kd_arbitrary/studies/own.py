@@ -70,8 +70,13 @@ def check_job(
     if job.views is not None: make_views(job.views)
     if job.balance is not None: STRATEGIES.pick(job.balance)
     for name, usual in dict(temperature="1 to 20", lr="0.001 to 0.01").items():
-        if (value := getattr(job, name)) is not None and not value > 0:
+        if (value := getattr(job, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}; {usual} are usual (--{name})")
+    if job.budget and job.relabel:
+        raise ValueError("relabel asks about the views of every step, which a budget does not allow; leave out "
+                         "--relabel or --budget")
+    if job.recheck is not None and not 0 <= job.recheck <= 1:
+        raise ValueError(f"recheck must be a share in [0, 1], got {job.recheck} (--recheck)")
     for name in ("n", "epochs", "batch_size", "cached_views", "limit"):
         if (value := getattr(job, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value} (--{name.replace('_', '-')})")

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from ..core import generator
 from .formats import ADAPTERS  # noqa: F401, the last page of kinds: all have entered it
 from .specs import Found, find
-from .teacher import Teacher, check_answer
+from .teacher import Teacher, check_answer, tensor_of
 
 # %% ../../nbs/teachers/08_adapters.ipynb #adapters-prepare
 class Prepare(nn.Module):
@@ -31,6 +31,8 @@ class Prepare(nn.Module):
         input_range: tuple[float, float] = (0., 1.),  # what black and white are before mean and std
     ):
         super().__init__()
+        if len(input_range) != 2:
+            raise ValueError(f"input_range must be (low, high), got {input_range} (--input-range)")
         low, high = map(float, input_range)
         mean, std = (torch.as_tensor(d if v is None else v, dtype=torch.float32).reshape(-1, 1, 1)
                      for v, d in ((mean, 0.), (std, 1.)))
@@ -98,7 +100,7 @@ def _chain(
     "One network where the model is one, else one function that keeps the model's fingerprint and hint."
     if isinstance(found.model, nn.Module):
         return nn.Sequential(prepare, found.model, *([after] if isinstance(after, nn.Module) else []))
-    def ask(x): return (after or (lambda a: a))(torch.as_tensor(found.model(prepare.to(x.device)(x))))
+    def ask(x): return (after or (lambda a: a))(tensor_of(found.model(prepare.to(x.device)(x))))
     for name in ("fingerprint", "hint", "__qualname__"):
         if hasattr(found.model, name): setattr(ask, name, getattr(found.model, name))
     if prepared := prepare.told(): ask.fingerprint = f"{Teacher(ask, 2, (1, 1, 1)).fingerprint} {prepared}"
@@ -231,12 +233,14 @@ def _first_answer(
 ) -> Tensor:
     "What it says of two images of noise."
     images = torch.rand(QUESTION, *shape, generator=generator("first question")).to(device)
-    if hasattr(ask, "ledger"): return torch.as_tensor(ask(images)).cpu()
+    if hasattr(ask, "ledger"): return ask(images).cpu()
     try:
-        with torch.inference_mode(): return torch.as_tensor(ask(images)).cpu()
+        with torch.inference_mode(): answer = ask(images)
     except (RuntimeError, TypeError) as e:
-        raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {e}; "
+        why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__  # below TorchScript's traceback
+        raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {why}; "
                          "check input_shape (--input-shape)") from e
+    return tensor_of(answer).cpu()
 
 
 def _count(

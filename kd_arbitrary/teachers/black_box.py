@@ -30,7 +30,7 @@ from torch import Tensor
 # %% ../../nbs/teachers/09_black_box.ipynb #bb-imports-core
 from ..core import to_float, to_stored
 from .specs import ADAPTERS, Found
-from .teacher import GIVES, Teacher
+from .teacher import GIVES, Teacher, tensor_of
 
 # %% ../../nbs/teachers/09_black_box.ipynb #bb-ledger
 class BudgetError(RuntimeError):
@@ -44,7 +44,7 @@ class Ledger:
         self,
         path: str | Path,  # an SQLite file, made if missing
         identity: str,  # of the teacher; answers of another one are not used
-        budget: int | None = None,  # images that may be sent in all, over all runs; None: any number
+        budget: int | None = None,  # images that may be sent in all, over all runs that use the file; None: any number
     ):
         self.path, self.identity, self.budget = Path(path), identity, budget
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +60,16 @@ class Ledger:
         except sqlite3.OperationalError as e:
             raise OSError(f"could not use the answers in {self.path}: {e}. Free some space, or choose a folder you may "
                           "write to, then run the same command again: no answer that is kept is paid for twice") from e
+        except sqlite3.DatabaseError as e:
+            raise ValueError(f"{self.path} is damaged, or no file of answers: {e}; name another one (--ledger)") from e
 
     @property
     def paid(self) -> int:
-        "Images sent so far."
-        with self._open() as db:
-            row = db.execute("SELECT images FROM paid WHERE teacher = ?", (self.identity,)).fetchone()
-        return row[0] if row else 0
+        "Images sent so far, by whoever keeps answers in this file: a teacher that was edited has the same price."
+        with self._open() as db: return self._paid(db)
+
+    def _paid(self, db: sqlite3.Connection) -> int:
+        return db.execute("SELECT COALESCE(SUM(images), 0) FROM paid").fetchone()[0]
 
     def pay(
         self,
@@ -75,12 +78,12 @@ class Ledger:
         "Count them, or refuse."
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            row = db.execute("SELECT images FROM paid WHERE teacher = ?", (self.identity,)).fetchone()
-            paid = row[0] if row else 0
+            paid = self._paid(db)
             if self.budget is not None and paid + n > self.budget:
                 raise BudgetError(f"the budget of {self.budget:,} questions is spent: {paid:,} were asked, "
                                   f"{n:,} more are needed; all answers are kept in {self.path}")
-            db.execute("INSERT OR REPLACE INTO paid VALUES (?, ?)", (self.identity, paid + n))
+            db.execute("INSERT INTO paid VALUES (?, ?) ON CONFLICT(teacher) DO UPDATE SET images = images + ?",
+                       (self.identity, n, n))
 
     def refund(
         self,
@@ -177,11 +180,25 @@ class BlackBox:
             except BudgetError:
                 if self.ledger.left < 1: raise
                 continue  # failed attempts were paid for; what is left buys a smaller batch
-            self.ledger.keep([names[i] for i in rows], answers)
+            self._keep([names[i] for i in rows], answers)
             known |= {names[i]: a for i, a in zip(rows, answers)}
             new = new[len(rows):]
             self._look_again(images, names, known, len(rows))
         return torch.as_tensor(np.stack([known[name] for name in names]))
+
+    def _keep(
+        self,
+        names: list[bytes],  # of questions
+        answers: np.ndarray,  # one row each
+    ) -> None:
+        "Write down what is an answer, and refuse what is none."
+        good = np.isfinite(answers).reshape(len(answers), -1).all(1)
+        if good.any() and self.accept: self.accept(torch.as_tensor(answers[good]))
+        self.ledger.keep([name for name, ok in zip(names, good) if ok], answers[good])
+        if not good.all():
+            raise ValueError(f"the teacher gave NaN or infinity for {(~good).sum()} of {len(good)} images; the other "
+                             "answers are kept. Check what its images go through (--mean, --std, --input-range), or "
+                             "leave such pictures out")
 
     def knows(
         self,
@@ -212,13 +229,10 @@ class BlackBox:
 
     def _checked(self, answer, n: int) -> np.ndarray:
         "The answer as an array with one row an image."
-        out = np.asarray(torch.as_tensor(answer).cpu())
+        out = np.asarray(tensor_of(answer).cpu())
         if out.ndim not in (1, 2) or len(out) != n:
             raise ValueError(f"the teacher gave {list(out.shape)} for {n} images; "
                              f"expected [{n}] labels or [{n}, K] scores")
-        if out.dtype.kind == "f" and not np.isfinite(out).all():
-            raise ValueError("the teacher gave NaN or infinity; nothing of this batch is kept")
-        if self.accept: self.accept(torch.as_tensor(out))
         return out
 
     def _wait_turn(self, n: int) -> None:
@@ -298,7 +312,7 @@ def _service(
     except (ValueError, Busy): about = {}
     shape, classes, ask = about.get("input_shape"), about.get("classes"), ask_http(url)
     ask.fingerprint = "service " + hashlib.sha256(url.encode()).hexdigest()[:16]
-    return Found(ask, tuple(classes) if classes else None, tuple(shape) if shape else None)
+    return Found(ask, tuple(classes) if isinstance(classes, list) else classes, tuple(shape) if shape else None)
 
 
 @ADAPTERS.add

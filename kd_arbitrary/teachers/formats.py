@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -241,7 +242,10 @@ def of_file(
     if not path or not Path(path).is_file():
         raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
-    found.loader.exec_module(module)
+    sys.path.insert(0, folder := str(Path(path).resolve().parent))  # where it finds its neighbours, as if it were run
+    try: found.loader.exec_module(module)
+    except Exception as e: raise ValueError(f"{path} cannot be run: {type(e).__name__}: {in_short(e)}") from e
+    finally: sys.path.remove(folder)
     if not callable(getattr(module, name, None)):
         there = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise ValueError(f"{path} has no function or network {name!r}; it has {', '.join(there) or 'none'}")
@@ -270,6 +274,7 @@ def _careful(
 ):
     "Its answer, or an error that says whose it is; what may pass is passed on."
     try: return thing(x)
-    except OSError: raise
     except Exception as e:
+        # a file that is not there will not be there at the next attempt either
+        if isinstance(e, OSError) and not isinstance(e, (FileNotFoundError, IsADirectoryError, PermissionError)): raise
         raise ValueError(f"{name} failed on images {list(x.shape)}: {type(e).__name__}: {in_short(e)}") from e

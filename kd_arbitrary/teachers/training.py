@@ -350,9 +350,11 @@ def _remember(
     entry: dict,  # of `_epoch`
 ) -> None:
     "Add an epoch to the history, and keep the weights if no epoch agreed better."
-    if not math.isfinite(entry["loss"]):
-        raise ValueError(f"the loss of epoch {entry['epoch']} is {entry['loss']}; "
-                         f"lower lr (now {loop.lr}) or check the scores")
+    astray = not all(weight.isfinite().all() for weight in loop.model.parameters())
+    if astray or not math.isfinite(entry["loss"]):
+        raise ValueError(f"the loss of epoch {entry['epoch']} is {entry['loss']}"
+                         + ", and weights are no longer finite" * astray
+                         + f"; lower lr (now {loop.lr}) or check the scores")
     best = max((h["agreement"] for h in loop.fit.history if "agreement" in h), default=-1)
     if entry.get("agreement", -2) > best:
         loop.fit.best = {k: v.detach().cpu().clone() for k, v in loop.model.state_dict().items()}
