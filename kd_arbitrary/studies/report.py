@@ -96,7 +96,7 @@ def find_runs(
 # %% ../../nbs/studies/13_report.ipynb #report-command
 ONLY_PYTHON = ("holdout", "updates", "smooth", "imbalance", "missing", "impressed")  # settings without an option
 # said first, and also where they are as usual, because what is usual depends on the target
-_ALWAYS = ("target", "teacher", "source", "student", "balance", "n", "epochs", "batch_size", "lr")
+_ALWAYS = ("target", "teacher", "source", "student", "balance", "n", "epochs", "batch_size", "lr", "views")
 
 
 _IMAGES = re.compile(r"(?:folder|array)\(path='([^'\\]+)'\)")  # what --images is made into
