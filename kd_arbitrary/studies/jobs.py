@@ -26,7 +26,7 @@ from ..students.export import export_student, make_student, save_student
 from .own import IMAGES, Job, job_teacher, settle, usual_rate
 from .report import write_report
 from .facts import Record
-from .execution import claim, code_version, now, thinned
+from .execution import ELSEWHERE, claim, code_version, now, thinned
 from .runs import looped
 from ..teachers.networks import count_parameters
 from ..teachers.teacher import Teacher
@@ -102,7 +102,7 @@ def _set(
               | {k: getattr(job, k) for k in fields})
     if path.exists():
         ts = TransferSet.load(path)
-        same_run(path, ts.info.get("job", {}), wanted)
+        same_run(path, ts.info.get("job", {}), wanted, ELSEWHERE)
         return ts
     return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,
                    note=dict(job=wanted), ranks=ranks)[0]

@@ -172,13 +172,13 @@ def same_run(
     path: Path,  # the checkpoint, for the message
     theirs: dict,  # configuration stored in it
     mine: dict,  # configuration of this run
+    remedy: str = "name another file or delete it",
 ) -> None:
     "Refuse a checkpoint of another run, naming what differs."
     diff = [f"{k} ({theirs.get(k)!r} there, {mine.get(k)!r} here)"
             for k in sorted(theirs | mine) if theirs.get(k) != mine.get(k)]
     if diff:
-        raise ValueError(f"{path} belongs to another run; it differs in {', '.join(diff)}; "
-                         "name another file or delete it")
+        raise ValueError(f"{path} belongs to another run; it differs in {', '.join(diff)}; {remedy}")
 
 # %% ../../nbs/teachers/02_training.ipynb #train-fit
 SAVE_EVERY = 1.0  # seconds between checkpoints, at least
