@@ -197,7 +197,7 @@ def verdict_relabelled() -> list[Run]:
 @grid
 def seeds_apart() -> list[Run]:
     """MNIST and Fashion-MNIST, strokes as drawn and filled once more, four teachers, with students whose seed is not
-    that of their teacher, and whose first weights so have nothing of its own."""
+    their teacher's, so that their first weights have nothing of the teacher's either."""
     return [replace(run, seed=run.seed + APART) for run in _verdict(("strokes",), COUNTED[::2])]
 
 
