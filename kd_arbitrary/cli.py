@@ -350,8 +350,8 @@ def kd_diagnose(
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
                    else job_teacher(job, ledger or _kept(job), device))
-        if hasattr(who, "box"): _say(f"answers are kept in {(kept := who.box.ledger.path)}; give them to kd_distill "
-                                     f"with --ledger {kept}, and none is paid for again")
+        if hasattr(who, "box"): _say(f"answers are kept: --ledger {who.box.ledger.path} gives them to kd_distill, and "
+                                     "none is paid for again")
         source = make_source(job.source or usual_source(who.input_shape), who.input_shape, root, teacher=who,
                              n=sample or GENERATED, seed=seed)
         n = planned(job, available(source))

@@ -24,7 +24,7 @@ from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import fit, predict
 from ..transfer.balance import memory_needed
-from ..transfer.sets import TransferSet
+from ..transfer.sets import TransferSet, identities
 
 # %% ../../nbs/students/02_distill.ipynb #distill-cache
 def cache_views(
@@ -201,9 +201,9 @@ def held_out(
     order = torch.randperm(len(transfer), generator=generator(seed, "holdout"))
     held, rows = order.split([cut := int(share * len(order)), len(order) - cut])
     if not cut: return held, rows
-    name = lambda i: hash(transfer.images[i].contiguous().numpy().tobytes())
-    learned = set(map(name, rows.tolist()))
-    return held[torch.tensor([name(i) not in learned for i in held.tolist()])], rows
+    names = identities(transfer.images)
+    learned = {names[i] for i in rows.tolist()}
+    return held[torch.tensor([names[i] not in learned for i in held.tolist()])], rows
 
 
 def _material(
