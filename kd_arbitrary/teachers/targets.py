@@ -183,11 +183,11 @@ COARSE = {  # superclass of CIFAR-100 -> its classes
     "flowers": "orchid poppy rose sunflower tulip",
     "food containers": "bottle bowl can cup plate",
     "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
-    "electrical devices": "clock keyboard lamp telephone television",
-    "furniture": "bed chair couch table wardrobe",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe",
     "insects": "bee beetle butterfly caterpillar cockroach",
-    "large things of man": "bridge castle house road skyscraper",
-    "large natural scenes": "cloud forest mountain plain sea",
+    "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
 }
 
 
