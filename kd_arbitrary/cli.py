@@ -32,6 +32,7 @@ from kd_arbitrary.options import (
 )
 from .pictures.files import SUFFIXES
 from .pictures.sources import COLOURED, MIXTURE, make_source, usual_source
+from .pictures.views import USUAL
 from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
@@ -165,8 +166,7 @@ def kd_distill(
                       _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
     views: Annotated[str | None,
                      _unsaid("What happens to images in the loop: names joined by +, of {views}; or none",
-                             "affine+mixup; in colour crop+flip+mixup; "
-                             "none for a black box with a budget")] = None,
+                             f"{USUAL['gray']}, in colour {USUAL['colour']}; none for a black box with a budget")] = None,
     relabel: Annotated[bool | None, _said("relabel")] = Run.relabel,
     cached_views: Annotated[int, _said("cached_views")] = Run.cached_views,
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,
@@ -246,7 +246,8 @@ def _misplaced(
     usual = {f.name: f.default for f in (*fields(Job), *fields(Run))}
     said = asked.described | vars(asked)
     odd = [k for k in names if said[k] not in (None, usual.get(k))]
-    if odd: raise ValueError(f"{', '.join('--' + k.replace('_', '-') for k in odd)} belong to {where}")
+    if odd: raise ValueError(f"{', '.join('--' + k.replace('_', '-') for k in odd)} "
+                             f"belong{'s' if len(odd) == 1 else ''} to {where}")
 
 
 def _own_job(
@@ -343,6 +344,8 @@ def kd_diagnose(
     """
     with exit_with(2, debug):
         if out: pick(dict.fromkeys((".png", ".svg", ".pdf")), out.suffix.lower(), "kind of figure")
+        if teacher in TARGETS: _misplaced(SimpleNamespace(described=described, ledger=ledger), (*DESCRIBED, "ledger"),
+                                          f"a teacher of your own; leave them out, or name it in place of {teacher}")
         job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed,
                   **_read(described))
         device = _device(device)

@@ -119,7 +119,15 @@ Version = Annotated[bool,
                     typer.Option("--version", help="Show the version and leave.", callback=_version, is_eager=True)]
 PICTURES = ("Your own pictures: a folder, a .zip or .tar archive, a pattern like 'shards/*.tar', "
             "a data set saved by datasets, a NumPy file, or one picture, which is cut into many")
-Images = Annotated[Path | None, _unsaid(PICTURES, "none")]
+
+
+def _named(text: str) -> Path:
+    "A path that says something; an empty one, as of a variable that is not set, would be the current folder."
+    if not text.strip(): raise typer.BadParameter("it is empty; name a folder, an archive or a file, or leave it out")
+    return Path(text)
+
+
+Images = Annotated[Path | None, _unsaid(PICTURES, "none", parser=_named, metavar="<path>")]
 Strict = Annotated[bool, typer.Option("--strict",
                                       help="Refuse a picture that cannot be used, instead of leaving it out.")]
 Root = Annotated[Path | None,

@@ -9,7 +9,6 @@ __all__ = ['LONGEST', 'FILES', 'MIXTURE', 'COLOURED', 'share', 'Part', 'Source',
 
 # %% ../../nbs/pictures/09_sources.ipynb #sources-imports
 import ast
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import adapt, check_images, generator, pick
+from ..core import adapt, check_images, digest, generator, pick
 from .files import Pictures, collect, read_pictures
 from .natural import load_array, load_picture
 from .noise import SOURCES, Range, in_chunks, per_image
@@ -75,6 +74,12 @@ class Source:
         "What the generated parts cost in all; those that are not there yet are made now."
         prices = [p.take.price for p in self.pieces if hasattr(p.take, "price")]
         return {k: sum(price[k] for price in prices) for k in prices[0]} if prices else {}
+
+    @property
+    def contents(self) -> str | None:  # 16 hex digits; None: it is endless, and its text says all
+        "What tells the pictures of its finite parts from others of the same name."
+        finite = [p.take for p in self.pieces if isinstance(p.take, Tensor)]
+        return digest(*finite)[:16] if finite else None
 
     @property
     def left_out(self) -> dict:  # count, pictures: why, of the first of them
@@ -231,9 +236,7 @@ def source_from(
 ) -> Source:
     "What is in memory as a source; it cannot be made again from its text."
     got = collect(what, shape, root, strict, show)
-    h = hashlib.sha256()
-    for part in got.images.split(4096): h.update(part.contiguous().numpy().tobytes())
-    part = Part(f"given({h.hexdigest()[:16]!r})", "natural", got.images, left_out=(got.faults, got.left_out))
+    part = Part(f"given({digest(got.images)[:16]!r})", "natural", got.images, left_out=(got.faults, got.left_out))
     return Source(part.text, "natural", tuple(shape), (part.text,), part.size, (1.0,), (part,))
 
 # %% ../../nbs/pictures/09_sources.ipynb #sources-parse

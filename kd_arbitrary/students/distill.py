@@ -7,7 +7,6 @@ __all__ = ['cache_views', 'Distilled', 'html_history', 'Lesson', 'check_lesson',
            'recalibrate']
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports-core
-from ..core import ALONE, Alone, generator, need_memory, option, takes, to_float, to_stored
+from ..core import ALONE, Alone, digest, generator, need_memory, option, takes, to_float, to_stored
 from ..html import html_facts, html_line, html_panels
 from ..pictures.views import make_views
 from .losses import LOSSES
@@ -278,10 +277,7 @@ def fingerprint(
     transfer: TransferSet,  # any set
 ) -> str:  # 16 hex digits
     "A hash of the set's images and scores."
-    h = hashlib.sha256()
-    for t in (transfer.images, transfer.scores):
-        for part in t.split(4096): h.update(part.contiguous().view(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
+    return digest(transfer.images, transfer.scores)[:16]
 
 # %% ../../nbs/students/02_distill.ipynb #distill-recal
 def recalibrate(

@@ -98,11 +98,11 @@ def _set(
     "The transfer set: read from its file where it is the same, else made and kept."
     path, fields = out / "transfer.safetensors", ("limit", "empty", "seed", "smooth", "imbalance", "missing",
                                                   "impressed", "bfloat16")
-    wanted = (dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint)
-              | {k: getattr(job, k) for k in fields})
+    wanted = (dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint,
+                   pictures=source.contents) | {k: getattr(job, k) for k in fields})
     if path.exists():
         ts = TransferSet.load(path)
-        same_run(path, ts.info.get("job", {}), wanted, ELSEWHERE)
+        same_run(path, dict(pictures=wanted["pictures"]) | ts.info.get("job", {}), wanted, ELSEWHERE)
         return ts
     return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,
                    note=dict(job=wanted), ranks=ranks)[0]

@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../../nbs/studies/12_own.ipynb #own-imports-core
 from ..core import option
-from ..pictures.views import make_views, usual_views
+from ..pictures.views import USUAL, make_views, usual_views
 from ..students.distill import Lesson, check_lesson
 from ..students.losses import LOSSES
 from ..teachers.adapters import QUESTION, load_teacher
@@ -39,8 +39,7 @@ class Job(Lesson, Balancing):
     student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME",
                                  unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
     views: str | None = option(None, "What happens to images in the loop",
-                               unsaid="affine+mixup, in colour crop+flip+mixup; "
-                                      "none for a black box with a budget")
+                               unsaid=f"{USUAL['gray']}, in colour {USUAL['colour']}; none for a black box with a budget")
     classes: tuple[str, ...] | int | None = option(None, "Names of the classes, or how many",
                                                    unsaid="as the teacher says")
     input_shape: tuple[int, int, int] | None = option(None, "Channels, height, width of its images",

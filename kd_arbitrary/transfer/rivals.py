@@ -24,7 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 # %% ../../nbs/transfer/07_rivals.ipynb #rivals-imports-core
-from ..core import Registry, data_root, need_memory, progress, to_float, to_stored
+from ..core import Registry, data_root, digest, need_memory, progress, to_float, to_stored
 from ..storage import load_tensors, save_tensors
 from ..pictures.noise import SOURCES
 from ..pictures.sources import Source, bound, make_source, options, parse_source
@@ -272,7 +272,7 @@ def _key(
 ) -> str:  # 16 hex digits
     "The name of a set: a hash of all its images depend on."
     pieces = [p.take for p in work.start.pieces if p.size] if work.start else []
-    files = [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in pieces]
+    files = [digest(t) for t in pieces]
     if said.get("student"): files.append(hashlib.sha256(Path(said["student"]).read_bytes()).hexdigest())
     config = [EDITION, name, said, work.n, work.seed, work.teacher.fingerprint, list(work.teacher.input_shape), files]
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
