@@ -143,7 +143,8 @@ def _told(
                   agreement=taught.history[-1].get("agreement"), queries=report["queries"] + taught.queries,
                   paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
                   set=diagnose(ts), report=report, updates=taught.updates, seconds=round(seconds, 2),
-                  stages=dict(transfer=report["seconds"], distill=taught.seconds), peak_memory_mb=peak_memory_mb(),
+                  stages=dict(transfer=report["seconds"], distill=taught.seconds)
+                  | ({} if not taught.making else dict(views=taught.making["seconds"])), peak_memory_mb=peak_memory_mb(),
                   history=thinned(taught.history), versions=versions(), code=code_version(), machine=machine())
 
 
