@@ -166,7 +166,8 @@ def kd_distill(
                       _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
     views: Annotated[str | None,
                      _unsaid("What happens to images in the loop: names joined by +, of {views}; or none",
-                             f"{USUAL['gray']}, in colour {USUAL['colour']}; none for a black box with a budget")] = None,
+                             f"{USUAL['gray']}, in colour {USUAL['colour']}; "
+                             "none for a black box with a budget")] = None,
     relabel: Annotated[bool | None, _said("relabel")] = Run.relabel,
     cached_views: Annotated[int, _said("cached_views")] = Run.cached_views,
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,

@@ -39,7 +39,8 @@ class Job(Lesson, Balancing):
     student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME",
                                  unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
     views: str | None = option(None, "What happens to images in the loop",
-                               unsaid=f"{USUAL['gray']}, in colour {USUAL['colour']}; none for a black box with a budget")
+                               unsaid=f"{USUAL['gray']}, in colour {USUAL['colour']}; "
+                                      "none for a black box with a budget")
     classes: tuple[str, ...] | int | None = option(None, "Names of the classes, or how many",
                                                    unsaid="as the teacher says")
     input_shape: tuple[int, int, int] | None = option(None, "Channels, height, width of its images",
