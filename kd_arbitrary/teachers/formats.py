@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -161,6 +162,30 @@ KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(dou
          "tensor(uint8)": np.uint8}  # what an ONNX model may take
 
 
+def _hashed(
+    *paths: Path,  # files
+) -> str:  # 16 hex digits
+    "What tells files apart by what is in them; the first is hashed as it is, the others after it."
+    h = hashlib.sha256(paths[0].read_bytes())
+    for path in paths[1:]:
+        own = hashlib.sha256()
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 22): own.update(piece)
+        h.update(own.digest())
+    return h.hexdigest()[:16]
+
+
+def _beside(
+    path: Path,  # an .onnx file
+) -> list[Path]:
+    "The files that hold its weights; an entry is the word `location`, the length of a name, and the name."
+    content, names = path.read_bytes(), set()
+    for at in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
+        size = sum((byte & 127) << 7 * i for i, byte in enumerate(at[1]))
+        names.add(content[at.end():at.end() + size].decode(errors="replace"))
+    return [path.parent / name for name in sorted(names) if name and (path.parent / name).is_file()]
+
+
 class Onnx:
     "An ONNX model's answers, by ONNX Runtime."
 
@@ -180,7 +205,7 @@ class Onnx:
         self.last = len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)  # channels last
         sides = (shape[3], *shape[1:3]) if self.last else tuple(shape[1:])
         self.shape = sides if len(sides) == 3 and all(isinstance(s, int) for s in sides) else None
-        self.fingerprint = f"onnx {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+        self.fingerprint = f"onnx {_hashed(Path(path), *_beside(Path(path)))}"
         self.hint = ("an ONNX file only answers; for gradients, turn it into a torch network first, "
                      "e.g. with onnx2torch.convert(path)")
 
@@ -257,14 +282,29 @@ def python(
     spec: str,  # FILE.py:NAME of a network, a function of images, or what makes one of them; the file is run
     options: dict,  # none
 ) -> Found:
-    "A function, or a network, of a Python file, and what the file says of it."
+    """A function, or a network, of a Python file, and what the file says of it.
+
+    A function is known by its name, its file, and the files named in `FILES`; what else it reads is not noticed.
+    """
     thing, said = of_file(spec)
     thing, (path, _, name) = _made(thing), str(spec).rpartition(":")
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
     if not isinstance(thing, nn.Module):
         thing = partial(_careful, thing, f"{name} of {path}")
-        thing.fingerprint = f"{name} of {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+        thing.fingerprint = f"{name} of {_hashed(Path(path), *_named(Path(path), said.get('FILES', ())))}"
     return Found(thing, **{k: said.get(upper) for k, upper in TOLD.items()})
+
+
+def _named(
+    path: Path,  # a Python file
+    names: tuple[str, ...],  # of files that its teacher consists of, beside it or absolute
+) -> list[Path]:
+    "The files of a teacher, all there."
+    found = [path.parent / name for name in ([names] if isinstance(names, str) else names)]
+    if lacking := [str(file) for file in found if not file.is_file()]:
+        raise FileNotFoundError(f"{path} names {', '.join(lacking)} in FILES, which does not exist; expected the files "
+                                "that its teacher reads, beside it")
+    return found
 
 
 def _careful(
