@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from ..core import generator
 from .formats import ADAPTERS  # noqa: F401, the last page of kinds: all have entered it
 from .specs import Found, find
-from .teacher import Teacher, check_answer, tensor_of
+from .teacher import Teacher, check_answer, off_one, rounded, tensor_of
 
 # %% ../../nbs/teachers/08_adapters.ipynb #adapters-prepare
 class Prepare(nn.Module):
@@ -85,8 +85,8 @@ def what_it_gives(
     if not answer.is_floating_point(): return "labels" if answer.ndim == 1 else "top"
     if answer.ndim != 2:
         raise ValueError(f"the teacher returned shape {list(answer.shape)}; expected [n, classes], or labels [n]")
-    simplex = (answer >= 0).all() and ((answer.sum(1) - 1).abs() < 1e-3).all()
-    return "probabilities" if simplex else "logits"
+    near = (answer >= 0).all() and (off_one(answer) <= rounded(answer.shape[1])).all()
+    return "probabilities" if near else "logits"
 
 # %% ../../nbs/teachers/08_adapters.ipynb #adapters-load
 QUESTION = 2  # images of the first question, by which a teacher is got to know
@@ -210,7 +210,8 @@ def _doubt(
     if not (answer >= 0).all() or not ((answer <= 1).all() or alike): return ""
     odd = sums[(sums - 1).abs().argmax()]
     return (f"no answer of the teacher is negative, and those for an image sum to {odd:.4g}, not to 1: are they "
-            "logits (gives='logits', --gives logits), or independent labels (multi_label=True, --multi-label)?")
+            "probabilities (divide them by their sum, in a Python file), independent labels (multi_label=True, "
+            "--multi-label), or logits (gives='logits', --gives logits)?")
 
 
 def _check_kind(
