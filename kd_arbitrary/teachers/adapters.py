@@ -174,6 +174,11 @@ def _prepared(
         if value is not None and len(value) not in (1, shape[0]):
             raise ValueError(f"{name} has {len(value)} numbers, the images have {shape[0]} channels; "
                              f"pass one number, or one a channel (--{name})")
+    if found.whole:
+        if mean is not None or std is not None or tuple(input_range or (0, 255)) != (0, 255):
+            raise ValueError("this teacher takes bytes, 0 to 255, and prepares them itself; "
+                             "leave out mean, std and input_range (--mean, --std, --input-range)")
+        return Prepare()
     return Prepare(mean, std, input_range or found.input_range or (0.0, 1.0))
 
 

@@ -7,6 +7,7 @@ __all__ = ['WRAPPERS', 'KINDS', 'TOLD', 'safetensors', 'pickled', 'Program', 'ex
            'python']
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-imports
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -224,13 +226,16 @@ class Onnx:
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-onnx-kind
 def _names(
-    text: str | None,  # a JSON list or object of names, or names with commas
+    text: str | None,  # a list or an object of names, as JSON or as Python writes it, or names with commas
 ) -> tuple[str, ...] | None:
     "Class names as they are found in metadata."
     if not text: return None
-    try: found = json.loads(text)
-    except ValueError: return tuple(t.strip() for t in text.split(","))
-    return tuple(found[k] for k in sorted(found, key=int)) if isinstance(found, dict) else tuple(map(str, found))
+    found = text
+    for read in ast.literal_eval, json.loads:
+        with suppress(ValueError, SyntaxError): found = read(text)
+    if isinstance(found, dict): found = [found[k] for k in sorted(found, key=int)]
+    if not isinstance(found, (list, tuple)): found = [name.strip() for name in text.split(",")]
+    return tuple(map(str, found))
 
 
 @ADAPTERS.add(ends=(".onnx",))
@@ -242,7 +247,8 @@ def onnx(
     model = Onnx(path)
     meta = model.session.get_modelmeta().custom_metadata_map
     names = next((meta[k] for k in ("classes", "names", "id2label") if k in meta), None)
-    return Found(model, _names(names), model.shape, fixed=model.shape is not None)
+    return Found(model, _names(names), model.shape, fixed=model.shape is not None,
+                 whole=model.dtype is np.uint8)
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-of-file
 TOLD = dict(classes="CLASSES", input_shape="INPUT_SHAPE", mean="MEAN", std="STD",

@@ -105,7 +105,7 @@ class Teacher:
         self,
         # a network (copied and frozen), or a function of float32 images [n, C, H, W] in [0, 1]
         model: nn.Module | Callable,
-        classes: int | tuple[str, ...],  # names of the classes, or how many there are
+        classes: int | tuple[str, ...],  # names of the classes, which become text, or how many there are
         input_shape: tuple[int, int, int],  # (C, H, W) it takes
         gives: str = "logits",  # "logits", "probabilities" or "labels"
         device: str | torch.device = "cpu",  # where to run it
@@ -115,7 +115,7 @@ class Teacher:
         if bn not in ("running", "batch"): raise ValueError(f"unknown bn={bn!r}; expected 'running' or 'batch'")
         if not callable(model):
             raise ValueError(f"a teacher must be a network or a function, got {type(model).__name__}")
-        self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+        self.classes = tuple(map(str, range(classes) if isinstance(classes, int) else classes))
         if len(self.classes) < 2: raise ValueError(f"a teacher needs at least 2 classes, got {len(self.classes)}")
         self.input_shape, self.gives, self.device, self.bn = tuple(input_shape), gives, torch.device(device), bn
         self.queries = self.gradients = 0  # images asked about so far, and those asked about with a graph
