@@ -99,12 +99,16 @@ def pickled(
     "A pickled network or pickled weights, if the file is trusted."
     if not options["allow_pickle"]:
         raise untrusted(f"{path} is a pickle")
-    try: what = torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript|.*torch.jit.load")   # which it opens, too
+            what = torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as e:
         raise ValueError(f"{path} needs code that is not here: {e}; add its folder to PYTHONPATH, or save the weights "
                          "alone and name their network") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise ValueError(f"{path} is damaged, or no file of torch.save: {in_short(e, 100)}") from None
+    if isinstance(what, torch.jit.ScriptModule): return _script(what, path)
     if isinstance(what, nn.Module): return Found(what)
     if not isinstance(what, dict):
         raise ValueError(f"{path} holds a {type(what).__name__}; expected a network or its weights")
@@ -126,6 +130,35 @@ class Program(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return self.graph(x)
 
 
+def _drops(
+    node: torch.fx.Node,  # of an exported program
+) -> bool:
+    "Whether a step does what belongs to training: dropout, or a batch norm that moves its statistics."
+    if not isinstance(node.target, torch._ops.OpOverload): return False
+    said = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+    still = said.get("running_mean") is None if "batch_norm" in str(node.target) else said.get("p") == 0
+    return bool(said.get("training") or said.get("train")) and not still
+
+
+def _traced_in_training(
+    program: torch.jit.ScriptModule,  # in inference mode
+) -> bool:
+    "The same of TorchScript; what follows the mode is no constant."
+    graph = program.inlined_graph
+    norms = [n for n in graph.findAllNodes("aten::batch_norm") if n.inputsAt(3).type().kind() != "NoneType"]
+    drops = [n for n in graph.findAllNodes("aten::dropout") if n.inputsAt(1).toIValue() != 0]
+    return any(flag.toIValue() is True for flag in [n.inputsAt(5) for n in norms] + [n.inputsAt(2) for n in drops])
+
+
+def _in_training(
+    path: Path,  # of a program
+    how: str,  # it is made
+) -> ValueError:
+    "What to say of a program that was made in training mode."
+    return ValueError(f"{path} was made in training mode: each question would change it, or its answers come by "
+                      f"chance; call model.eval() before {how}, and save it again")
+
+
 @ADAPTERS.add(ends=(".pt2",))
 def exported(
     path: Path,  # a file of `torch.export.save`
@@ -135,12 +168,23 @@ def exported(
     if not options["allow_pickle"]: raise untrusted(f"{path}, a file of torch.export, holds pickles")
     try: program = torch.export.load(path)
     except Exception as e: raise ValueError(f"{path} is no file of torch.export: {in_short(e, 100)}") from None
+    if program.graph_signature.buffers_to_mutate or any(map(_drops, program.graph.nodes)):
+        raise _in_training(path, "torch.export.export")
     name = program.graph_signature.user_inputs[0]
     batch, *shape = next(n.meta["val"].shape for n in program.graph.nodes if n.name == name)
     if isinstance(batch, int):
         raise ValueError(f"{path} takes batches of exactly {batch}; export it with a dynamic first dimension")
     known = all(isinstance(s, int) for s in shape)
     return Found(Program(program.module()), None, tuple(shape) if known else None, fixed=known)
+
+
+def _script(
+    program: torch.jit.ScriptModule,
+    path: Path,  # of it
+) -> Found:
+    "A TorchScript program, unless it was traced in training mode."
+    if _traced_in_training(program.eval()): raise _in_training(path, "torch.jit.trace")
+    return Found(program)
 
 
 @ADAPTERS.add(ends=(".pt", ".ts"))
@@ -156,8 +200,7 @@ def torchscript(
     except RuntimeError as e:
         if path.suffix == ".pt": return pickled(path, options)
         raise ValueError(f"{path} is no TorchScript file: {in_short(e, 100)}") from None
-    for weight in program.parameters(): weight.requires_grad_(False)  # before it is copied, which TorchScript needs
-    return Found(program)
+    return _script(program, path)
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-onnx
 KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,

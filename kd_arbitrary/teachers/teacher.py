@@ -98,6 +98,15 @@ def use_batch_statistics(
     return model
 
 # %% ../../nbs/teachers/04_teacher.ipynb #teacher-class
+def _still(
+    model: nn.Module,  # stays as it is
+) -> nn.Module:  # a copy
+    "The network in inference mode, its weights without gradients; those of a copy of TorchScript are no leaves."
+    model = copy.deepcopy(model).eval()
+    for weight in model.parameters(): weight.detach_()
+    return model
+
+
 class Teacher:
     "Anything that says what it sees in images, with its queries counted and its answers checked."
 
@@ -119,8 +128,7 @@ class Teacher:
         if len(self.classes) < 2: raise ValueError(f"a teacher needs at least 2 classes, got {len(self.classes)}")
         self.input_shape, self.gives, self.device, self.bn = tuple(input_shape), gives, torch.device(device), bn
         self.queries = self.gradients = 0  # images asked about so far, and those asked about with a graph
-        self.module = (copy.deepcopy(model).eval().requires_grad_(False).to(device) if isinstance(model, nn.Module)
-                       else None)
+        self.module = _still(model).to(device) if isinstance(model, nn.Module) else None
         if self.module is not None and bn == "batch": use_batch_statistics(self.module)
         self._ask = self.module or model
 
