@@ -137,7 +137,9 @@ def load_teacher(
     gives, k = _understood(found, answer, gives, given, multi_label)
     after = Shares(gives == "logits") if multi_label else (lambda a: from_top(a, k)) if gives == "top" else None
     if front is not ask: front.accept = lambda answer: _check_kind(answer, gives, k)
-    elif gives == "top" and isinstance(ask, nn.Module): front = lambda x: ask(x)
+    elif gives == "top" and isinstance(ask, nn.Module):
+        front = lambda x: ask(x)
+        front.fingerprint = f"top of {Teacher(ask, k, shape).fingerprint}"
     if front is not ask: found, prepare = Found(front), Prepare()
     teacher = Teacher(_chain(found, prepare, after), k if given is None else given, shape,
                       "probabilities" if after else gives, device)

@@ -92,9 +92,9 @@ def check_answer(
 def use_batch_statistics(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same network
-    "Let all batch-norm layers normalise by the current batch, without moving their running statistics."
+    "Let all batch-norm layers normalise by the current batch; no question changes the network."
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train().momentum = 0.0
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train().momentum, m.num_batches_tracked = 0.0, None
     return model
 
 # %% ../../nbs/teachers/04_teacher.ipynb #teacher-class
