@@ -7,8 +7,9 @@ __all__ = ['cache_views', 'Distilled', 'html_history', 'Lesson', 'check_lesson',
            'recalibrate']
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ class Distilled:
     gradients: int = 0  # of the queries, those with a graph back to the images; where images are made in the loop
     cpu: float = 0.0  # processor seconds of all epochs, likewise
     generator: nn.Module | None = None  # what made the images, where something did
+    making: dict = field(default_factory=dict)  # seconds and cpu of cached views and their answers, the last time
 
     def _repr_html_(self):
         size = sum(p.numel() for p in self.student.parameters())
@@ -159,6 +161,7 @@ class _Class:
     weights: Tensor | None  # [n] sampling probabilities
     asked: int  # the teacher's queries when they were last looked at
     cached: int  # queries of the cached views
+    making: dict  # seconds and cpu of the cached views; empty without
     ranks: Alone  # the processes that teach together
 
     def loss_of(
@@ -218,13 +221,14 @@ def _material(
     held, rows = held_out(transfer, settings.holdout, settings.seed)
     copies, images, scores = 1, transfer.images, transfer.scores
     views, weights = make_views(settings.views), None if transfer.weights is None else transfer.weights[rows]
+    making, clock = {}, lambda: dict(seconds=time.perf_counter(), cpu=time.process_time())
     if views and not relabel:
-        copies = settings.cached_views
+        copies, start = settings.cached_views, clock()
         images, scores = cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows, ranks=ranks)
-        rows = torch.arange(len(rows))
+        rows, making = torch.arange(len(rows)), {k: now - start[k] for k, now in clock().items()}
     return _Class(teacher, transfer, held, images.to(device), scores.to(device), rows, copies, views, relabel,
                   LOSSES[settings.loss], settings.temperature, device, weights, teacher.queries,
-                  ranks.count(teacher.queries - before), ranks)
+                  ranks.count(teacher.queries - before), making, ranks)
 
 
 @takes(Lesson)
@@ -260,7 +264,7 @@ def distill(
     total = lambda what: sum(entry[what] for entry in run.history)
     spent = sum(entry.get("cpu", 0.0) for entry in run.history)
     return Distilled(student.eval(), run.history, run.best, run.updates, taught.cached + total("queries"),
-                     total("seconds"), cpu=spent)
+                     total("seconds"), cpu=spent, making=taught.making)
 
 
 def _config(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'ending_layers', 'make_generator', 'imagine', 'watching', 'first_linear', 'shared_maps', 'one_hot_loss',
-           'activation_loss', 'entropy_loss', 'as_logits', 'divergence', 'attention', 'attention_loss', 'boundary_loss',
-           'statistics_loss']
+           'activation_loss', 'entropy_loss', 'as_logits', 'divergence', 'attention', 'attention_loss', 'boundary_loss']
 
 # %% ../../nbs/students/05_generators.ipynb #generators-imports
 import math
@@ -193,15 +192,3 @@ def boundary_loss(
 ) -> Tensor:  # scalar, <= 0
     "Minus the divergence of student from teacher where they name the same class; elsewhere 0."
     return -(divergence(student, teacher) * (student.argmax(1) == teacher.argmax(1))).mean()
-
-
-def statistics_loss(
-    seen: dict[str, tuple[Tensor, Tensor]],  # of `watching` the norms
-    norms: dict[str, nn.Module],  # the batch-norm layers by name
-) -> Tensor:  # scalar, >= 0; 0 where there are none
-    "How far the statistics of a batch are from those the batch-norm layers remember."
-    total = torch.zeros(())
-    for name, norm in norms.items():
-        x = seen[name][0].float().transpose(0, 1).flatten(1)
-        total = total + (x.mean(1) - norm.running_mean).norm() + (x.var(1, unbiased=False) - norm.running_var).norm()
-    return total

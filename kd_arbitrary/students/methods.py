@@ -21,10 +21,11 @@ from ..core import generator, option, pick, to_float, to_stored
 from ..pictures.sources import parse_source
 from kd_arbitrary.students.generators import (
     activation_loss, as_logits, boundary_loss, divergence, ending_layers, entropy_loss, first_linear,
-    imagine, make_generator, one_hot_loss, statistics_loss, watching,
+    imagine, make_generator, one_hot_loss, watching,
 )
 from ..teachers.teacher import Teacher
 from ..teachers.training import evaluating
+from ..transfer.inversion import listening
 from ..transfer.rivals import RIVALS, Batch, Commission, rival
 from ..transfer.sets import TransferSet
 
@@ -254,11 +255,9 @@ def _inversion(
 ) -> Tensor:  # scalar
     "The loss of the images of Fast."
     how, teacher = duel.making, duel.teacher
-    norms = {name: m for name, m in teacher.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    with watching(teacher.module, list(norms)) as seen: scores = duel.through(teacher.forward, x)
+    with listening(teacher.module) as gaps: scores = duel.through(teacher.forward, x)
     logits = as_logits(scores, teacher.gives)
-    loss = how.sure * F.cross_entropy(logits, want)
-    if norms: loss = loss + how.statistics * statistics_loss(seen, norms)
+    loss = how.sure * F.cross_entropy(logits, want) + how.statistics * sum(gaps)
     if duel.round < duel.warm or not how.against: return loss
     with evaluating(duel.student): said = duel.through(duel.student, x)
     return loss + how.against * boundary_loss(said, logits)

@@ -173,7 +173,9 @@ def mixed_slope(
         raise ValueError(f"a slope over cells of target and source needs at least 3 of them, got {len(cells)}")
     if cells[on].nunique() < 2: raise ValueError(f"every set has the same {on}, {cells[on].iloc[0]}: no slope")
     fit = _mixed(pairs.assign(x=pairs[on]), "gain ~ x")
-    return _effect(fit, "x", len(cells) - 2, _counts(pairs), linregress(cells[on], cells.gain).stderr)
+    counts = _counts(pairs)
+    freedom = max(1, len(cells) - counts["sources"] - pairs.target.nunique())  # of a slope within sources and targets
+    return _effect(fit, "x", freedom, counts, linregress(cells[on], cells.gain).stderr)
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-boot
 def cluster_bootstrap(
@@ -193,12 +195,16 @@ def cluster_bootstrap(
 def over_teachers(
     pairs: pd.DataFrame,  # of `gains`, of one way
 ) -> Effect:
-    "The mean gain of a teacher's students, with its interval over teachers; it says nothing of other sources."
+    "The mean gain over these targets and sources, with its interval over teachers."
     from scipy.stats import t
     each = pairs.groupby(["target", "teacher_seed"]).gain.mean()
-    if len(each) < 2: raise ValueError(f"an interval over teachers needs at least 2 of them, got {len(each)}")
-    half = float(t.ppf(0.975, len(each) - 1) * each.std() / len(each) ** 0.5)
-    mean = float(each.mean())
+    of_target = each.groupby("target")
+    n = of_target.size()
+    if not (freedom := len(each) - len(n)):
+        raise ValueError(f"an interval over teachers needs a target with at least 2 of them, got {n.max()}")
+    variance = ((n - 1) * of_target.var()).sum() / freedom  # within targets, the same in all
+    half = float(t.ppf(0.975, freedom) * (variance * (1 / n).sum()) ** 0.5 / len(n))
+    mean = float(of_target.mean().mean())
     return Effect(mean, mean - half, mean + half, len(pairs), pairs.role.nunique(), len(each), {})
 
 
@@ -206,12 +212,12 @@ def lead_over(
     frame: pd.DataFrame,  # runs of one budget: target, seed, contestant, accuracy
     ours: str,  # a contestant
     theirs: str,  # the one it is set against
-) -> Effect | None:  # None where they share fewer than two teachers
+) -> Effect | None:  # None where they share fewer than two teachers of every target
     "By how many points one contestant leads another, with the interval over the teachers (or seeds) that they share."
     wide = frame.pivot_table(index=["target", "seed"], columns="contestant", values="accuracy")
     if not {ours, theirs} <= set(wide): return None
     gain = (100 * (wide[ours] - wide[theirs])).dropna().rename("gain").reset_index()
-    return over_teachers(gain.assign(teacher_seed=gain.seed, role=ours)) if len(gain) > 1 else None
+    return over_teachers(gain.assign(teacher_seed=gain.seed, role=ours)) if gain.target.duplicated().any() else None
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-saved
 def budget_for(

@@ -172,11 +172,12 @@ def _from_transfer(
     report = ts.info["report"]
     data = (dict(kind=source.kind, parts={p.text: p.kind for p in source.pieces})
             | (dict(making=ts.info["making"]) if "making" in ts.info else {}))
+    made = lambda unit: dict(views=taught.making[unit]) if taught.making else {}
     return dict(student=taught.student, best=taught.best, data=data,
                 results=diagnose(ts) | dict(updates=taught.updates, queries=report["queries"] + taught.queries,
                                             gradients=report["gradients"], drawn=report["drawn"]), report=report,
-                seconds=dict(transfer=report["seconds"], distill=taught.seconds),
-                cpu=dict(transfer=report.get("cpu", 0.0), distill=taught.cpu),
+                seconds=dict(transfer=report["seconds"], distill=taught.seconds) | made("seconds"),
+                cpu=dict(transfer=report.get("cpu", 0.0), distill=taught.cpu) | made("cpu"),
                 history=thinned(taught.history))
 
 

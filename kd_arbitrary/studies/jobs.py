@@ -213,6 +213,8 @@ def _told(
     seconds: float,  # in all
 ) -> Record:
     "What there is to know of a finished job."
+    stages = dict(transfer=ts.info["report"]["seconds"], distill=taught.seconds)
+    if taught.making: stages["views"] = taught.making["seconds"]
     who = dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives,
                classes=list(teacher.classes), shape=list(teacher.input_shape),
                parameters=None if teacher.module is None else count_parameters(teacher.module))
@@ -222,7 +224,7 @@ def _told(
                   agreement=taught.history[-1].get("agreement"), queries=report["queries"] + taught.queries,
                   paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
                   set=diagnose(ts), report=report, updates=taught.updates, seconds=round(seconds, 2),
-                  stages=dict(transfer=report["seconds"], distill=taught.seconds), peak_memory_mb=peak_memory_mb(),
+                  stages=stages, peak_memory_mb=peak_memory_mb(),
                   history=thinned(taught.history), versions=versions(), code=code_version(), machine=machine(),
                   **lacking)
 
