@@ -68,7 +68,7 @@ def execute_job(
     record, student = _finished(out, job, teacher) or (None, student)
     if record is None:
         taught = _taught(job, teacher, student, ts, out, device, show, ranks)
-        record, student = _told(job, teacher, source, ts, taught, time.perf_counter() - start), taught.student
+        record, student = _told(job, teacher, source, ts, taught, time.perf_counter() - start), taught.student.cpu()
         said = dict(ledger=ledger, root=root, strict=strict, n=wanted if wanted != job.n else None) | (said or {})
         record |= _before(out, record) | dict(said=_plain(said))
         if ranks.first: _keep(out, record, student, code)
@@ -232,19 +232,19 @@ def _told(
 def _keep(
     out: Path,
     record: dict,  # of `_told`
-    student: nn.Module,  # taught
+    student: nn.Module,  # taught, on the CPU
     code: str | None,  # of its file
 ) -> None:
     "Write the student."
     who = record["teacher"]
     card = dict(arch=record["student"]["arch"], shape=who["shape"], classes=who["classes"], job=record["job"])
-    save_student(out / "student.safetensors", student.cpu(), card | (dict(code=code) if code else {}))
+    save_student(out / "student.safetensors", student, card | (dict(code=code) if code else {}))
 
 
 def _files(
     out: Path,
     record: dict,  # gets what is exported
-    student: nn.Module,  # taught
+    student: nn.Module,  # taught, on the CPU
     export: str | None,  # "onnx" or "pt2"
 ) -> None:
     "Write the record and the page that shows it, then the export, which may fail."
@@ -254,7 +254,7 @@ def _files(
     written()
     if not export: return
     who = record["teacher"]
-    try: off = export_student(student.cpu(), out / f"student.{export}", tuple(who["shape"]), tuple(who["classes"]))
+    try: off = export_student(student, out / f"student.{export}", tuple(who["shape"]), tuple(who["classes"]))
     except ValueError as e:
         raise ValueError(f"{e}; the student is kept in {out / 'student.safetensors'}: leave out --export, or name the "
                          f"other kind (--export {EXPORTS[export]})") from e
