@@ -37,7 +37,8 @@ from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
 from .studies.jobs import execute_job
-from .studies.own import FASTEST, Job, check_job, job_teacher, planned
+from .studies.facts import PAID, unusable
+from .studies.own import FASTEST, Job, check_job, check_priced, job_teacher, planned
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
@@ -47,6 +48,8 @@ from .studies.tables import reached, reached_text, records_frame
 from .teachers.networks import MODELS
 from .teachers.recipes import train_teacher
 from .teachers.targets import TARGETS, load_target
+from .teachers.teacher import Teacher
+from .transfer.balance import STRATEGIES
 from .transfer.diagnosis import GENERATED, Diagnosis, available, diagnose
 
 # %% ../nbs/05_cli.ipynb #cli-distill
@@ -98,10 +101,10 @@ def job_table(
             ("agreement", f"{percent(record['agreement'])} of held-out images of the transfer set")]
     if record.get("left_out"):
         rows.insert(3, ("left out", f"{record['left_out']['count']:,} unusable pictures, listed in job.json"))
-    if record.get("test"):
-        rows.append(("accuracy", f"{percent(record['test']['accuracy'])} of {record['test']['n']:,} test images"))
-    rows.append(("teacher queries",
-                 f"{record['queries']:,}" + (f", {record['paid']:,} paid for" if record["paid"] is not None else "")))
+    if test := record.get("test"):
+        rows.append(("accuracy", f"{percent(test['accuracy'])} of {test['n']:,} test images{unusable(test)}"))
+    rows.append(("teacher queries", f"{record['queries']:,}"))
+    if record["paid"] is not None: rows.append(("paid for", f"{record['paid']:,} {PAID}"))
     if "export_differs" in record:
         rows.append(("export", f"logits differ by {record['export_differs']:.1e} at the most"))
     return "\n".join(f"{name:<18}{text}" for name, text in rows)
@@ -217,6 +220,7 @@ def kd_distill(
     target's own images as the upper bound. The same command again continues an unfinished run.
     """
     asked = SimpleNamespace(**locals())
+    asked.said = dict(plugin=plugin, device=None if device == "auto" else device, threads=threads)
     with exit_with(2, debug):
         asked.source, asked.device = source_of(images, source, strict), _device(device)
         job = _own_job(asked) if is_own(teacher) and target is None else None
@@ -271,7 +275,8 @@ def _from_own_teacher(
     if asked.threads: torch.set_num_threads(asked.threads)
     with exit_with(1, asked.debug):
         distil_own(job, asked.out or _place(job.teacher), asked.as_json, root=asked.root, device=asked.device,
-                   export=asked.export, test=asked.test, ledger=asked.ledger, show=not asked.quiet)
+                   export=asked.export, test=asked.test, ledger=asked.ledger, strict=asked.strict, said=asked.said,
+                   show=not asked.quiet)
 
 
 def _benchmark_run(
@@ -282,7 +287,10 @@ def _benchmark_run(
         raise ValueError(f"--target names a teacher, and so does --teacher {asked.teacher}; leave out --target, "
                          "and judge the student by --test FOLDER")
     _misplaced(asked, TEACHERS_OWN, "a teacher of your own; leave them out, or name it with --teacher")
-    target = asked.target or "digits"
+    target, drawn = asked.target or "digits", STRATEGIES.where(as_drawn=True)
+    if asked.limit and asked.balance in drawn and asked.limit < (asked.n or asked.limit):
+        raise ValueError(f"--limit {asked.limit} is less than --n {asked.n}, and with --balance {asked.balance} all "
+                         "images of the set are asked about; lower --n, or leave out --limit")
     as_said = ("teacher", "teacher_seed", "teacher_bn", "student", "init")
     usual = {k: getattr(asked, k) or getattr(Run, k) for k in ("balance", "empty")}
     return Run(**settings(target, asked.source, asked.student) | _lesson(asked), **usual, target=target,
@@ -353,7 +361,7 @@ def kd_diagnose(
     with exit_with(1, debug, goes_on=False):
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
-                   else job_teacher(job, ledger or _kept(job), device))
+                   else _diagnosed(job, ledger, device))
         if hasattr(who, "box"): _say(f"answers are kept: --ledger {who.box.ledger.path} gives them to kd_distill, and "
                                      "none is paid for again")
         source = make_source(job.source or usual_source(who.input_shape), who.input_shape, root, teacher=who,
@@ -368,6 +376,17 @@ def kd_diagnose(
         said = (found, reached_text(alike), *(gained_text(g, equal) for equal, g in more.items()))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike, gained=more)) if as_json
                    else "\n".join(map(str, said)))
+
+
+def _diagnosed(
+    job: Job,
+    ledger: Path | None,  # as the user named it
+    device: str,
+) -> Teacher:
+    "Who is looked through."
+    who = job_teacher(job, ledger or _kept(job), device)
+    check_priced(job, who, ledger)
+    return who
 
 
 def _kept(
@@ -407,6 +426,7 @@ def kd_report(
     out: Annotated[Path | None, _unsaid("Where the page goes", "report.html in that folder")] = None,
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print what the report says as one JSON object, and write nothing.")] = False,
+    plugin: Plugin = None,
     debug: Debug = False,
     version: Version = False,
 ):

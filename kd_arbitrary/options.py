@@ -240,7 +240,7 @@ def _names(text: str | None) -> tuple[str, ...] | int | None:
     if text.startswith("["):
         try: return tuple(map(str, json.loads(text)))
         except ValueError as e: raise ValueError(f"--classes is no JSON list of names: {e}") from None
-    if Path(text).is_file(): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+    if os.path.isfile(text): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
     return tuple(t.strip() for t in text.split(","))
 
 

@@ -1,5 +1,5 @@
 """The user's own teacher, as the user meets it: on the command line, with files of strangers, killed and started again."""
-import json, signal, sqlite3, sys, time
+import json, shlex, signal, sqlite3, sys, time
 from importlib.util import find_spec
 
 import numpy as np
@@ -144,6 +144,36 @@ def test_stopped_it_says_how_to_go_on(home, tmp_path):
     done = distill(*words, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["history"][-1]["epoch"] == 40, done.stderr
     assert (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns == made and (tmp_path / "run/report.html").exists()
+
+
+def report(*words):
+    "`kd_report` with these words."
+    sys.argv = ["kd_report", *map(str, words)]
+    cli.report_main()
+
+
+def test_what_was_said_is_said_again_and_costs_nothing(home, tmp_path):
+    "A ledger, a plugin with the student, and test pictures of which one is empty; the report's command repeats them."
+    (plug := tmp_path / "plug.py").write_text("from torch import nn\nfrom kd_arbitrary.teachers.networks import MODELS\n@MODELS.add\n"
+                                              "def tiny(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n")
+    for name in ("a", ".ipynb_checkpoints", "b"): (tmp_path / "test" / name).mkdir(parents=True)
+    (tmp_path / "test/a/0.png").write_bytes((home / "pictures/000.png").read_bytes()), (tmp_path / "test/a/1.png").touch()
+    words = ["--teacher", f"{home / 'ask.py'}:label", "--classes", ",".join(LETTERS), "--input-shape", "3,24,24", "--source", "pyramid", "--n", "60", "--balance", "none",
+             "--epochs", "1", "--views", "flip", "--cached-views", "1", "--student", "tiny", "--plugin", plug, "--ledger", tmp_path / "answers.sqlite", "--device", "cpu", "--quiet"]
+    done = distill(*words, "--test", tmp_path / "test", "--out", tmp_path / "run")
+    assert done.returncode == 0 and "of 1 test images, 1 left out" in done.stdout, done.stderr
+    paid = lambda: sqlite3.connect(tmp_path / "answers.sqlite").execute("SELECT SUM(images) FROM paid").fetchone()[0]
+    before, page = paid(), (tmp_path / "run/report.html").read_text()
+    told = json.loads(Job(report, tmp_path / "run", "--json", "--plugin", plug).wait().stdout)
+    assert "asked" in told["runs"]["run"]["heldout"] and told["runs"]["run"]["record"]["paid"] == before
+    again = distill(*shlex.split(told["command"])[1:], "--quiet")
+    assert (again.returncode, again.stdout) == (0, done.stdout) and paid() == before and (tmp_path / "run/report.html").read_text() == page, again.stderr
+    assert distill(*words, "--ledger", tmp_path / "other.sqlite", "--out", tmp_path / "run").returncode == 0 and paid() == before
+    assert not list(tmp_path.glob("*/answers.sqlite")) and not (tmp_path / "other.sqlite").exists()
+    plain = Job(report, tmp_path / "run").wait()                                        # whoever has no plugin gets a report all the same
+    assert plain.returncode == 0 and "the student cannot be made again. unknown model &#x27;tiny&#x27;" in (tmp_path / "run/report.html").read_text(), plain.stderr
+    strict = distill(*words, "--test", tmp_path / "test", "--strict", "--out", tmp_path / "strict")
+    assert strict.returncode == 1 and "1.png" in strict.stderr and paid() == before
 
 
 def _on_a_full_disk(*words):

@@ -38,7 +38,7 @@ from torch import Tensor
 # %% ../../nbs/pictures/08_files.ipynb #files-imports-core
 from ..core import adapt, data_root, need, progress
 from ..storage import write_atomic
-from .natural import PIXELS, _cut, _upright, find_path
+from .natural import PIXELS, _cut, _seen, _upright, find_path
 
 # %% ../../nbs/pictures/08_files.ipynb #files-walk
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -230,13 +230,13 @@ def items(
 
 # %% ../../nbs/pictures/08_files.ipynb #files-decode
 def _pixels(
-    what,  # a binary file, a PIL picture, or pixels: uint8, [H, W], [H, W, C] or [C, H, W] as a tensor
+    what,  # a binary file, a PIL picture, or pixels: [H, W], [H, W, C] or [C, H, W] as a tensor
     shape: tuple[int, int, int],  # (C, H, W) wanted
 ) -> Tensor:  # [C, H, W] uint8
     "One picture as it is wanted."
     if hasattr(what, "read"):
         with what: what = _upright(what, 2 * max(shape[1:]))
-    elif isinstance(what, Image.Image): what = what.convert("L" if what.mode in ("1", "L", "LA") else "RGB")
+    elif isinstance(what, Image.Image): what = _seen(what)
     else: what = _as_tensor(what)
     return adapt(_cut(what, shape[1:])[None], shape)[0]
 
@@ -244,15 +244,34 @@ def _pixels(
 def _as_tensor(
     x: np.ndarray | Tensor,  # pixels
 ) -> Tensor:  # [C, H, W] uint8
-    "Pixels with their channels first; floating point is taken to be in [0, 1]."
+    "Pixels with their channels first; floating point is taken to be in [0, 1], uint16 to have 16 bits."
     if not isinstance(x, (np.ndarray, Tensor)): raise ValueError(f"a {type(x).__name__} is no picture")
     last = isinstance(x, np.ndarray) and x.ndim == 3 and x.shape[2] in (1, 3)
     x = torch.as_tensor(x)
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1) if last else x
     if x.ndim != 3 or x.shape[0] not in (1, 3) or 0 in x.shape: raise ValueError(f"pixels of shape {list(x.shape)}")
-    if x.is_floating_point() and not 0 <= float(x.min()) <= float(x.max()) <= 1:
-        raise ValueError("pixels beyond 0 and 1")
-    return ((x * 255).round() if x.is_floating_point() else x).to(torch.uint8)
+    if x.is_complex(): raise ValueError("complex pixels")
+    if x.dtype == torch.bool: return x.to(torch.uint8) * 255
+    if not x.is_floating_point(): return _as_bytes(x)
+    if not 0 <= float(x.min()) <= float(x.max()) <= 1: raise ValueError("pixels beyond 0 and 1")
+    return (x * 255).round().to(torch.uint8)
+
+
+def _as_bytes(
+    x: Tensor,  # integers
+) -> Tensor:  # of that shape, uint8
+    "Integers as pixels, or an error where it is not clear what white is."
+    if x.dtype == torch.uint8: return x
+    kind, x = str(x.dtype).removeprefix("torch."), x.long()
+    low, high = int(x.min()), int(x.max())
+    if kind == "uint16" and high > 255: return (x >> 8).to(torch.uint8)
+    if kind == "uint16" and high:
+        raise ValueError(f"uint16 pixels of {high} at the most, so white is 255 or 65535; convert them to uint8, or "
+                         "scale them")
+    if not 0 <= low <= high <= 255:
+        raise ValueError(f"{kind} pixels from {low:,} to {high:,}; expected 0 to 255, or uint16 (0..65535), or "
+                         "floating point (0..1); scale and convert them")
+    return x.to(torch.uint8)
 
 
 def _decoded(
@@ -377,7 +396,7 @@ def _key(
     shape: tuple[int, int, int],
 ) -> str:
     "A hash that changes when a picture does, comes, or goes."
-    h = hashlib.sha256(f"1 {list(shape)}".encode())
+    h = hashlib.sha256(f"2 {list(shape)}".encode())  # how pictures are decoded, and at which size
     def add(name, path):
         try: about = os.stat(path)
         except OSError: return h.update(f"{name} ?\n".encode())

@@ -210,12 +210,33 @@ def _upright(
     least: int | None = None,  # sides a JPEG should keep: it may be decoded at a half, a quarter, an eighth
 ) -> Image.Image:  # mode L or RGB
     "The decoded picture as it was meant to be seen, or any exception."
-    with Image.open(file, formats=FORMATS) as im:
-        if im.width * im.height > PIXELS: raise ValueError(f"{im.width} x {im.height} pixels, more than {PIXELS:,}")
-        if im.mode == "F": raise ValueError("floating-point pixels; save it with 8 or 16 bits")
-        if least: im.draft(None, (least, least))
-        if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))
-        return ImageOps.exif_transpose(im).convert("L" if im.mode in ("1", "L", "LA") else "RGB")
+    with Image.open(file, formats=FORMATS) as im: return _seen(im, least)
+
+
+def _seen(
+    im: Image.Image,  # of a file, or of the memory of a program
+    least: int | None = None,  # as for `_upright`
+) -> Image.Image:  # mode L or RGB
+    "The picture with eight bits and upright, or any exception."
+    if im.width * im.height > PIXELS: raise ValueError(f"{im.width} x {im.height} pixels, more than {PIXELS:,}")
+    if im.mode == "F": raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    if least: im.draft(None, (least, least))
+    # PIL's 16 bits, of whatever values; mode I of another format says nothing of its depth
+    deep = im.mode.startswith("I;16") or im.format in ("PNG", "PPM")
+    im = ImageOps.exif_transpose(im)
+    if im.mode.startswith("I"): im = Image.fromarray(_narrowed(np.asarray(im), deep))
+    return im.convert("L" if im.mode in ("1", "L", "LA") else "RGB")
+
+
+def _narrowed(
+    x: np.ndarray,  # [H, W] integers
+    deep: bool,  # white is 65535; else a picture of nothing above 255 has eight bits already
+) -> np.ndarray:  # [H, W] uint8
+    "Integers of up to 16 bits as eight."
+    low, high = int(x.min()), int(x.max())
+    if not 0 <= low <= high <= 65535:
+        raise ValueError(f"pixels from {low:,} to {high:,}, expected 0 to 65,535; save it with 8 or 16 bits")
+    return (x >> 8 if deep or high > 255 else x).astype(np.uint8)
 
 
 def _decode(

@@ -72,6 +72,7 @@ class Diagnosis:
     seconds: dict  # way to balance -> seconds of the processor, for a service of the clock, from the pace of this look
     advice: str  # one sentence
     size: int | None = None  # images there are; None: any number
+    left: int | None = None  # questions a budget allows, those of this look among them; None: any number
 
     @property
     def never(self) -> tuple[str, ...]:
@@ -101,8 +102,16 @@ class Diagnosis:
                 f"draws for {self.n:,} images with even classes: {draws} (95 %: {low} to {high})"
                 + (f", and there are {self.size:,}" if short else "")]
 
+    def _beyond(
+        self,
+        way: str,  # to balance
+    ) -> str:  # empty where it is allowed
+        "What to say of a way that asks more than there is left to ask."
+        over = self.left is not None and self.queries[way] > self.left
+        return f", more than the {self.left:,} of the budget" if over else ""
+
     def __str__(self):
-        costs = [f"  {way:<13} {self.queries[way]:>10,.0f} questions {self.seconds[way]:>8,.0f} s"
+        costs = [f"  {way:<13} {self.queries[way]:>10,.0f} questions {self.seconds[way]:>8,.0f} s{self._beyond(way)}"
                  for way in self.queries]
         return "\n".join([*self.sentences(), *costs, self.advice])
 
@@ -110,7 +119,8 @@ class Diagnosis:
         first, *more = self.sentences()
         facts = dict(source=self.source, advice=self.advice, seen=first.removeprefix(f"{self.source}: "),
                      **{name: text for name, text in zip(("scores", "draws"), (more[0], more[-1]))})
-        costs = {way: f"{self.queries[way]:,.0f} questions, {self.seconds[way]:,.0f} s" for way in self.queries}
+        costs = {way: f"{self.queries[way]:,.0f} questions, {self.seconds[way]:,.0f} s{self._beyond(way)}"
+                 for way in self.queries}
         return html_facts(facts) + html_panels({"classes seen": html_bars(self.classes, dict(images=self.counts)),
                                                 "ways to balance": html_facts(costs)})
 
@@ -242,11 +252,20 @@ def diagnose(
     told, draws = _diagnose_set(seen), draws_needed(seen.counts, n)
     # a generated image is asked about while it is made, too
     each = 1 + sum(share * made.price["queries"] / len(made) for share, made in generated(what))
-    size = available(what)
+    size, left = available(what), _left(teacher, seen)
     costs = _costs(seen, *paces, teacher, n, each, size)
     return Diagnosis(what.text, teacher.classes, n, len(seen), tuple(seen.counts.tolist()), told["entropy"],
                      told["confidence"], told["effective_rank"], draws, *costs,
-                     _advice(seen.counts, draws[0] / n, teacher, n, size), size)
+                     _advice(seen.counts, draws[0] / n, left, teacher, n, size), size,
+                     None if left == math.inf else int(left))
+
+
+def _left(
+    teacher: Teacher,
+    seen: TransferSet,  # of `_look`, whose questions are answered
+) -> float:  # infinity without a budget
+    "How many images a set may ask about."
+    return teacher.box.ledger.left + len(seen) if hasattr(teacher, "box") else math.inf
 
 
 def available(
@@ -259,6 +278,7 @@ def available(
 def _advice(
     counts: torch.Tensor,  # [K] images seen
     draws: float,  # that quota needs, an image
+    left: float,  # images that may be asked about
     teacher: Teacher,
     n: int,  # images in the set
     size: int | None,  # images there are
@@ -266,7 +286,6 @@ def _advice(
     "What the six rules say."
     missing = int((counts == 0).sum())
     never = f"{missing:,} {'class is' if missing == 1 else 'classes are'} never reached"
-    left = teacher.box.ledger.left + int(counts.sum()) if hasattr(teacher, "box") else float("inf")
     if left < n:
         return (f"The budget allows {left:,.0f} images of {n:,}: take balance='uncertain', which asks about those "
                 "whose class is least sure.")
