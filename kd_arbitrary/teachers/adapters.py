@@ -125,7 +125,8 @@ def load_teacher(
     wall: Callable[[Callable], Callable] | None = None,
 ) -> Teacher:  # with the first question counted, if one was asked
     "Anything that answers about images, as a teacher."
-    if gives not in (None, *ANSWERS): raise ValueError(f"unknown gives={gives!r}; expected one of: {', '.join(ANSWERS)}")
+    if gives not in (None, *ANSWERS):
+        raise ValueError(f"unknown gives={gives!r}; expected one of: {', '.join(ANSWERS)}")
     found = find(spec, dict(allow_pickle=allow_pickle, arch=arch, classes=classes))
     shape = _shape(found, input_shape)
     prepare = _prepared(found, shape, mean, std, input_range)

@@ -53,8 +53,8 @@ def _probabilities(
     off = off_one(answer)
     if (off <= 1e-3).all(): return answer
     if (off > rounded(answer.shape[1])).any():
-        i, instead = int(off.argmax()), ("divide them by their sum, in a Python file; or are they of independent labels "
-                                         "(multi_label=True, --multi-label)?")
+        i, instead = int(off.argmax()), ("divide them by their sum, in a Python file; or are they of independent "
+                                         "labels (multi_label=True, --multi-label)?")
         raise ValueError(f"the teacher should give probabilities, but row {i} of its answer, "
                          f"{[round(p, 4) for p in answer[i, :5].tolist()]}..., sums to {answer[i].sum():.4g}; "
                          + ("pass gives='logits'?" if off[i].isinf() else instead))
