@@ -273,7 +273,7 @@ def adapt(
         raise ValueError(f"cannot turn {images.shape[1]} channels into {c}; expected 1 or {c}, or 3 into 1")
     if tuple(images.shape[1:]) == tuple(shape): return images
     x = images.float()
-    if x.shape[1] == 3 and c == 1: x = (x * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    if x.shape[1] == 3 and c == 1: x = (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
     if x.shape[-2:] != (h, w): x = F.interpolate(x, (h, w), mode="bilinear", antialias=True, align_corners=False)
     x = x.expand(-1, c, -1, -1)
     return x.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else x.to(images.dtype)
@@ -406,6 +406,8 @@ def is_device_loss(
     error: BaseException,  # that ended a call
 ) -> bool:
     "Whether it was the device that failed; not where it ran out of memory."
-    if isinstance(error, (DeviceLost, getattr(torch, "AcceleratorError", DeviceLost))): return True
-    vendors = r"(CUDA|HIP|XPU|MPS|cuDNN|CUBLAS|NCCL)\b.*\berror"
-    return isinstance(error, RuntimeError) and bool(re.match(vendors, str(error), re.I))
+    if isinstance(error, DeviceLost): return True
+    full = re.search("out of memory|alloc(ation)?_failed", str(error), re.I)
+    if full or not isinstance(error, RuntimeError): return False
+    if isinstance(error, getattr(torch, "AcceleratorError", DeviceLost)): return True
+    return bool(re.match(r"(CUDA|HIP|XPU|MPS|cuDNN|CUBLAS|NCCL)\b.*\berror", str(error), re.I))

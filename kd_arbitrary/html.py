@@ -150,7 +150,8 @@ def html_pictures(
     x = to_float(images)
     if x.min() < 0 or x.max() > 1: x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-9)
     x, side = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1), max(x.shape[-2:])
-    if side > LARGEST: x = F.interpolate(x, scale_factor=LARGEST / side, mode="bilinear", antialias=True)
+    small = [max(1, round(s * LARGEST / side)) for s in x.shape[-2:]]
+    if side > LARGEST: x = F.interpolate(x, small, mode="bilinear", antialias=True)
     strip = F.pad((x * 255).round().clamp(0, 255), (0, 1)).permute(2, 0, 3, 1).flatten(1, 2)[:, :-1].to(torch.uint8)
     buffer, kind = io.BytesIO(), "png" if side <= LARGEST else "jpeg"
     Image.fromarray(strip.cpu().numpy()).save(buffer, kind, quality=90)

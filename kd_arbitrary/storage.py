@@ -33,9 +33,23 @@ def _sweep(
     "Delete the temporary files that killed writers of this file left."
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
-            if fcntl:
-                with open(old) as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)     # refused while the writer lives
-            old.unlink()
+            if not fcntl: old.unlink()
+            else:
+                with open(old) as f:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while the writer lives
+                    old.unlink()
+
+
+def _temporary(
+    path: Path,  # the file it will become
+) -> tuple[BinaryIO, str]:  # the open file, and its name
+    "A new file beside `path`, locked; made again where another writer swept it away before it was locked."
+    while True:
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        f = open(fd, "rb+")
+        with suppress(OSError): fcntl and fcntl.flock(f, fcntl.LOCK_EX)
+        if os.path.exists(tmp): return f, tmp
+        f.close()
 
 
 def _replace(
@@ -47,9 +61,8 @@ def _replace(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with open(fd, "rb+") as f:
-            with suppress(OSError): fcntl and fcntl.flock(f, fcntl.LOCK_EX)
+        f, tmp = _temporary(path)
+        with f:
             fill(f)
             f.flush()
             os.fsync(f.fileno())

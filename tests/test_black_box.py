@@ -21,8 +21,11 @@ WEIGHTS = torch.randn(144, CLASSES, generator=torch.Generator().manual_seed(0)).
 def labels_of(x): return (x.reshape(len(x), -1) - 0.5) @ WEIGHTS
 
 
+DESCRIBED = 200, {}, json.dumps(dict(input_shape=SHAPE, classes=list("abcd"))).encode()
+
+
 @contextmanager
-def server(behave):
+def server(behave, about=DESCRIBED):
     "A service whose answer is `behave(images, number of the question) -> (status, headers, body)`; counts what it is sent."
     seen = dict(images=0, calls=0)
 
@@ -35,7 +38,7 @@ def server(behave):
             self.end_headers()
             self.wfile.write(body)
 
-        def do_GET(self): self.send(200, {}, json.dumps(dict(input_shape=SHAPE, classes=list("abcd"))).encode())
+        def do_GET(self): self.send(*about)
 
         def do_POST(self):
             images = np.load(io.BytesIO(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -72,6 +75,7 @@ LYING = {  # what a service may answer in place of an answer, and what is said o
     "wrong count": (lambda x: told(labels=[0] * (len(x) - 1)), r"gave \[63\] for 64 images"),
     "wrong shape": (lambda x: told(labels=[[[0]]] * len(x)), r"gave \[64, 1, 1\] for 64 images"),
     "another number of classes": (lambda x: told(labels=[7] * len(x)), "integers from 0 to 3"),
+    "labels between": (lambda x: told(labels=[1.7] * len(x)), r"labels that are no whole numbers, \[1.7"),
     "ragged": (lambda x: told(logits=[[0.0] * (1 + i % 3) for i in range(len(x))]), "no table of numbers"),
     "HTML": (lambda x: (200, {}, b"<html>Sign in</html>"), "did not answer with JSON but with b'<html>"),
     "an empty object": (lambda x: told(), "answered with nothing"),
@@ -99,6 +103,30 @@ def test_probabilities_that_do_not_sum_to_one(tmp_path):
     with server(lambda x, n: told(probabilities=(shares(x) * 1.3).tolist()) if n == 1 else right(x)) as (url, _):
         with pytest.raises(ValueError, match="sums to 1.3"): load(url, tmp_path)      # already the first answer, which is not kept
         assert load(url, tmp_path).gives == "probabilities"
+
+
+def test_rounded_probabilities_are_kept_as_they_came_and_divided_by_their_sum(tmp_path):
+    hundredths = lambda x: shares(x / 4).numpy().round(2)
+    with server(lambda x, n: told(probabilities=hundredths(x).tolist())) as (url, seen):
+        came = hundredths(IMAGES.numpy() / np.float32(255))
+        assert (abs(came.sum(1) - 1) > 5e-3).any()
+        for _ in range(2):                                                            # the second time from the ledger
+            assert np.allclose(load(url, tmp_path)(IMAGES), came / came.sum(1, keepdims=True), atol=1e-6)
+        assert seen["images"] == asked(tmp_path) == 202
+
+
+@pytest.mark.parametrize("status", [404, 405, 501, 503, 403])
+def test_a_service_without_a_description_is_a_teacher_once_it_is_described(status, tmp_path):
+    words = {503: "answered 503; try again later", 403: "refused with status 403: closed; try again"}.get(status, "not written in it")
+    with server(lambda x, n: good(x), (status, {}, b"closed")) as (url, seen):
+        with pytest.raises(ValueError, match=words): load_teacher(url)
+        assert seen["images"] == 0
+        assert load_teacher(url, input_shape=SHAPE, classes=CLASSES)(IMAGES).shape == (200, 4)
+
+
+def test_names_of_classes_become_text(tmp_path):
+    with server(lambda x, n: good(x), (200, {}, json.dumps(dict(input_shape=SHAPE, classes=[0, 1, 2, 3])).encode())) as (url, _):
+        assert load_teacher(url).classes == tuple("0123")
 
 
 TROUBLE = {  # what a service may do for a while

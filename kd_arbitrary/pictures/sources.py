@@ -153,7 +153,8 @@ def levels(
     c, h, w = picture.shape
     x = adapt(picture[None], (channels, h, w)).float() / 255
     if max(h, w) > LONGEST:
-        x = F.interpolate(x, scale_factor=LONGEST / max(h, w), mode="bilinear", antialias=True)
+        size = [max(1, side * LONGEST // max(h, w)) for side in (h, w)]
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
     out = [x]
     while min(out[-1].shape[-2:]) >= 2:
         out.append(F.interpolate(out[-1], scale_factor=0.5, mode="bilinear", antialias=True))

@@ -46,9 +46,11 @@ def _joined(
     made: Taught,  # from the generator
     g: torch.Generator,  # of this round
 ) -> Taught:
-    "The batch filled up from the transfer set; attention is compared on what was made."
-    i = torch.randint(len(duel.beside), (duel.contest.batch_size - len(made[0]),), generator=g)
-    x, scores = to_float(duel.beside.images[i]).to(duel.device), duel.beside.scores[i].to(duel.device)
+    "The batch filled up from the transfer set, by its weights; attention is compared on what was made."
+    beside, n = duel.beside, duel.contest.batch_size - len(made[0])
+    i = (torch.randint(len(beside), (n,), generator=g) if beside.weights is None
+         else torch.multinomial(beside.weights.double(), n, replacement=True, generator=g))
+    x, scores = to_float(beside.images[i]).to(duel.device), beside.scores[i].to(duel.device)
     return torch.cat([made[0], x]), torch.cat([made[1], scores]), made[2]
 
 

@@ -280,8 +280,8 @@ def _config(
 def fingerprint(
     transfer: TransferSet,  # any set
 ) -> str:  # 16 hex digits
-    "A hash of the set's images and scores."
-    return digest(transfer.images, transfer.scores)[:16]
+    "A hash of the set's images and scores, and of its weights, if it has any."
+    return digest(transfer.images, transfer.scores, *([] if transfer.weights is None else [transfer.weights]))[:16]
 
 # %% ../../nbs/students/02_distill.ipynb #distill-recal
 def recalibrate(

@@ -58,13 +58,14 @@ def _over_ranks(
 
 
 class _WideNorm(nn.modules.batchnorm._BatchNorm):
-    "Batch norm whose batch is that of all ranks."
+    "Batch norm whose batch is that of all ranks, or where all have the same rows, these once."
 
     def _check_input_dim(self, x): pass
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training: return super().forward(x)
         mean, var, n = _over_ranks(x.float())
+        n = n / self.copies()
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -78,13 +79,16 @@ class _WideNorm(nn.modules.batchnorm._BatchNorm):
 @contextlib.contextmanager
 def wide_norms(
     model: nn.Module,  # changed within the block
+    copies: Callable[[], int] = lambda: 1,  # how many ranks have the same rows of the batch at hand
 ):
     "A block in which the batch norms of a network take the batch of all ranks."
     norms = [(m, m.__class__) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m, _ in norms: m.__class__ = _WideNorm
+    for m, _ in norms: m.__class__, m.copies = _WideNorm, copies
     try: yield
     finally:
-        for m, kind in norms: m.__class__ = kind
+        for m, kind in norms:
+            m.__class__ = kind
+            del m.copies
 
 # %% ../../nbs/students/08_ranks.ipynb #ranks-class
 class RankLost(RuntimeError):
@@ -109,7 +113,7 @@ class Ranks(Alone):
         self,
         device: str = "cpu",  # where networks run: "cpu", or "cuda" for a GPU of its own for each rank
     ):
-        self.device = device
+        self.device, self.copies = device, 1  # how many ranks have the same rows of the last batch
 
     def __enter__(self) -> "Ranks":
         lf = need("lightning_fabric", "fabric")
@@ -135,7 +139,9 @@ class Ranks(Alone):
             dist.destroy_process_group()
         elif lost: raise RankLost(GONE) from error
 
-    def part(self, n: int) -> tuple[slice, float]: return part(n, self.rank, self.world)
+    def part(self, n: int) -> tuple[slice, float]:
+        self.copies = self.world if n < self.world else 1
+        return part(n, self.rank, self.world)
 
     def each(self, work: Callable, items: Iterable) -> Iterator[tuple]:
         items = iter(items)
@@ -153,7 +159,7 @@ class Ranks(Alone):
 
     @contextlib.contextmanager
     def shared(self, model: nn.Module):
-        with wide_norms(model): yield self.fabric.setup_module(model)
+        with wide_norms(model, lambda: self.copies): yield self.fabric.setup_module(model)
 
     def backward(self, loss: Tensor) -> None: self.fabric.backward(loss)
 

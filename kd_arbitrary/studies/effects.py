@@ -187,6 +187,7 @@ def cluster_bootstrap(
     "The effect with the percentile interval of a bootstrap over clusters."
     counts = _counts(pairs)
     means = pairs.groupby(by).gain.mean().to_numpy()
+    if len(means) < 2: raise ValueError(f"an interval over values of {by} needs at least 2 of them, got {len(means)}")
     rng = np.random.default_rng(seed)
     drawn = rng.choice(means, (draws, len(means))).mean(1)
     return Effect(float(means.mean()), *map(float, np.quantile(drawn, [0.025, 0.975])), **counts, spread={})

@@ -19,7 +19,7 @@ import torch
 from ..core import Facts, option, pick
 from ..pictures.noise import SOURCES
 from ..pictures.sources import make_part, named, parse_source
-from ..pictures.views import make_views, unmixed
+from ..pictures.views import make_views, unmixed, view_names
 from ..students.methods import ADVERSARIES, read_method, split_source
 from ..students.generators import make_generator
 from ..students.distill import Lesson
@@ -81,6 +81,7 @@ class Run(Lesson, Balancing):
                        "What students begin with: random weights, or as many of the teacher's as fit: random, teacher")
 
     def __post_init__(self):
+        object.__setattr__(self, "views", "+".join(view_names(self.views)))
         for name, value in _resolved(self).items(): object.__setattr__(self, name, value)
         _check(self)
 
@@ -230,8 +231,8 @@ def steps(
     n: int,  # images there are
 ) -> int:  # optimiser steps, >= 1
     "How many steps one pass over the training share takes; a last batch of one image is left out."
-    full, rest = divmod(n - int(run.holdout * n), run.batch_size)
-    return max(1, full + (rest > 1))
+    n, size = n - int(run.holdout * n), run.batch_size
+    return max(1, math.ceil(n / size) - (n % size == 1 % size))
 
 
 def passes(

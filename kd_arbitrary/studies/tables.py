@@ -17,6 +17,7 @@ import torch
 from ..pictures.noise import SOURCES
 from ..pictures.sources import parse_source
 from .runs import GIVEN, LATER, Run
+from ..transfer.balance import STRATEGIES
 from ..transfer.sets import histogram_entropy
 
 # %% ../../nbs/studies/08_tables.ipynb #tables-kind
@@ -210,6 +211,7 @@ def reached(
     "The accuracies of recorded runs whose sets were about as even as drawn, random initial weights."
     alike = [r for r in records if r["status"] == "done" and r.get("report") and r["config"]["source"] not in GIVEN
              and (LATER | r["config"])["init"] == "random"
+             and not STRATEGIES.facts.get(r["config"].get("balance"), {}).get("chooses")  # their images were chosen
              and abs(histogram_entropy(torch.tensor(r["report"]["seen"])) - entropy) <= nearby]
     if not alike: return dict(runs=0)
     counts = {f"{what}s": len({r["config"][what] for r in alike}) for what in ("source", "target")}

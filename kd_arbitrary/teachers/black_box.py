@@ -126,10 +126,11 @@ def questions_of(
     images: Tensor,  # [n, C, H, W] float32 in [0, 1], or anything unbounded
 ) -> list[bytes]:  # 32 bytes each
     "The names of questions."
-    stored = to_stored(images.cpu(), torch.uint8)
-    exact = torch.equal(stored.float() / 255, images.cpu())
-    rows = (stored if exact else images.cpu()).contiguous().flatten(1)
-    return [hashlib.sha256(bytes([exact]) + row.numpy().tobytes()).digest() for row in rows]
+    images = images.cpu()
+    stored = to_stored(images, torch.uint8)
+    exact = (stored.float() / 255 == images).flatten(1).all(1).tolist()
+    rows = (stored[i] if bytes_say_all else images[i] for i, bytes_say_all in enumerate(exact))
+    return [hashlib.sha256(bytes([e]) + row.contiguous().numpy().tobytes()).digest() for e, row in zip(exact, rows)]
 
 # %% ../../nbs/teachers/09_black_box.ipynb #bb-box
 class Busy(OSError):
@@ -273,10 +274,24 @@ def ask_http(
             raise ValueError(f"{url} answered with {', '.join(told) or 'nothing'}; "
                              f"expected exactly one of {', '.join(GIVES)}")
         ask.gives = kinds[0]
-        try: return torch.tensor(told[kinds[0]], dtype=torch.int64 if kinds[0] == "labels" else torch.float32)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"{url} answered with {kinds[0]} that are no table of numbers: {e}") from None
+        return _numbers(url, kinds[0], told[kinds[0]])
     return ask
+
+
+def _numbers(
+    url: str,  # of the service
+    kind: str,  # of `GIVES`
+    told: list,  # what it answered
+) -> Tensor:  # int64 labels, or float32 scores
+    "An answer as a tensor; a label that is no whole number is none."
+    try: answer = torch.tensor(told, dtype=None if kind == "labels" else torch.float32)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{url} answered with {kind} that are no table of numbers: {e}") from None
+    if kind != "labels": return answer
+    if (answer != answer.long()).any():
+        raise ValueError(f"{url} answered with labels that are no whole numbers, {told[:5]}; expected the numbers of "
+                         "classes, from 0 on")
+    return answer.long()
 
 
 def _fetched(
@@ -290,12 +305,12 @@ def _fetched(
     except urllib.error.HTTPError as e:
         wait = e.headers.get("Retry-After", "")
         if e.code == 429 or e.code >= 500:
-            raise Busy(f"{url} answered {e.code}",
-                       float(wait) if wait.replace(".", "", 1).isdigit() else None) from None
-        raise ValueError(f"{url} refused with status {e.code}: {e.read(200).decode(errors='replace')}") from None
+            raise Busy(f"{url} answered {e.code}", float(wait) if wait.replace(".", "", 1).isdigit() else None) from e
+        raise ValueError(f"{url} refused with status {e.code}: {e.read(200).decode(errors='replace')}") from e
     except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as e:
-        refused = isinstance(getattr(e, "reason", e), (ConnectionRefusedError, socket.gaierror))
-        raise Busy(f"{url} cannot be reached: {e}", sent=not refused) from None
+        why = getattr(e, "reason", e)
+        raise Busy(f"{url} cannot be reached: {getattr(why, 'strerror', None) or why}",
+                   sent=not isinstance(why, (ConnectionRefusedError, socket.gaierror))) from None
     try: told = json.loads(text)
     except ValueError:
         raise ValueError(f"{url} did not answer with JSON but with {text[:60]!r}; is it the right address?") from None
@@ -308,11 +323,14 @@ def _service(
     url: str,
 ) -> Found:
     "A service; what it says of itself is asked first."
-    try: about = _fetched(url, 30.0)
-    except (ValueError, Busy): about = {}
+    try: about, trouble = _fetched(url, 30.0), ""
+    except (ValueError, Busy) as e:
+        silent = getattr(e.__cause__, "code", None) in (404, 405, 501)  # it has no description
+        about, trouble = {}, "" if silent else str(e)
     shape, classes, ask = about.get("input_shape"), about.get("classes"), ask_http(url)
     ask.fingerprint = "service " + hashlib.sha256(url.encode()).hexdigest()[:16]
-    return Found(ask, tuple(classes) if isinstance(classes, list) else classes, tuple(shape) if shape else None)
+    return Found(ask, tuple(classes) if isinstance(classes, list) else classes, tuple(shape) if shape else None,
+                 trouble=trouble)
 
 
 @ADAPTERS.add
@@ -358,7 +376,7 @@ def serve(
                 images = torch.from_numpy(np.load(io.BytesIO(self.rfile.read(int(self.headers["Content-Length"]))),
                                                   allow_pickle=False))
                 scores = teacher(images)
-                self.reply(200, {"labels": scores.argmax(1).tolist()} if labels_only
+                self.reply(200, {"labels": scores.argmax(1).tolist()} if labels_only or teacher.gives == "labels"
                            else {teacher.gives: scores.tolist()})
             except (ValueError, TypeError) as e: self.reply(400, dict(error=str(e)))
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)

@@ -7,14 +7,17 @@ __all__ = ['WRAPPERS', 'KINDS', 'TOLD', 'safetensors', 'pickled', 'Program', 'ex
            'python']
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-imports
+import ast
 import hashlib
 import importlib.util
 import inspect
 import json
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -96,12 +99,16 @@ def pickled(
     "A pickled network or pickled weights, if the file is trusted."
     if not options["allow_pickle"]:
         raise untrusted(f"{path} is a pickle")
-    try: what = torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*TorchScript|.*torch.jit.load")   # which it opens, too
+            what = torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as e:
         raise ValueError(f"{path} needs code that is not here: {e}; add its folder to PYTHONPATH, or save the weights "
                          "alone and name their network") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise ValueError(f"{path} is damaged, or no file of torch.save: {in_short(e, 100)}") from None
+    if isinstance(what, torch.jit.ScriptModule): return _script(what, path)
     if isinstance(what, nn.Module): return Found(what)
     if not isinstance(what, dict):
         raise ValueError(f"{path} holds a {type(what).__name__}; expected a network or its weights")
@@ -123,6 +130,35 @@ class Program(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return self.graph(x)
 
 
+def _drops(
+    node: torch.fx.Node,  # of an exported program
+) -> bool:
+    "Whether a step does what belongs to training: dropout, or a batch norm that moves its statistics."
+    if not isinstance(node.target, torch._ops.OpOverload): return False
+    said = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+    still = said.get("running_mean") is None if "batch_norm" in str(node.target) else said.get("p") == 0
+    return bool(said.get("training") or said.get("train")) and not still
+
+
+def _traced_in_training(
+    program: torch.jit.ScriptModule,  # in inference mode
+) -> bool:
+    "The same of TorchScript; what follows the mode is no constant."
+    graph = program.inlined_graph
+    norms = [n for n in graph.findAllNodes("aten::batch_norm") if n.inputsAt(3).type().kind() != "NoneType"]
+    drops = [n for n in graph.findAllNodes("aten::dropout") if n.inputsAt(1).toIValue() != 0]
+    return any(flag.toIValue() is True for flag in [n.inputsAt(5) for n in norms] + [n.inputsAt(2) for n in drops])
+
+
+def _in_training(
+    path: Path,  # of a program
+    how: str,  # it is made
+) -> ValueError:
+    "What to say of a program that was made in training mode."
+    return ValueError(f"{path} was made in training mode: each question would change it, or its answers come by "
+                      f"chance; call model.eval() before {how}, and save it again")
+
+
 @ADAPTERS.add(ends=(".pt2",))
 def exported(
     path: Path,  # a file of `torch.export.save`
@@ -132,12 +168,23 @@ def exported(
     if not options["allow_pickle"]: raise untrusted(f"{path}, a file of torch.export, holds pickles")
     try: program = torch.export.load(path)
     except Exception as e: raise ValueError(f"{path} is no file of torch.export: {in_short(e, 100)}") from None
+    if program.graph_signature.buffers_to_mutate or any(map(_drops, program.graph.nodes)):
+        raise _in_training(path, "torch.export.export")
     name = program.graph_signature.user_inputs[0]
     batch, *shape = next(n.meta["val"].shape for n in program.graph.nodes if n.name == name)
     if isinstance(batch, int):
         raise ValueError(f"{path} takes batches of exactly {batch}; export it with a dynamic first dimension")
     known = all(isinstance(s, int) for s in shape)
     return Found(Program(program.module()), None, tuple(shape) if known else None, fixed=known)
+
+
+def _script(
+    program: torch.jit.ScriptModule,
+    path: Path,  # of it
+) -> Found:
+    "A TorchScript program, unless it was traced in training mode."
+    if _traced_in_training(program.eval()): raise _in_training(path, "torch.jit.trace")
+    return Found(program)
 
 
 @ADAPTERS.add(ends=(".pt", ".ts"))
@@ -153,12 +200,35 @@ def torchscript(
     except RuntimeError as e:
         if path.suffix == ".pt": return pickled(path, options)
         raise ValueError(f"{path} is no TorchScript file: {in_short(e, 100)}") from None
-    for weight in program.parameters(): weight.requires_grad_(False)  # before it is copied, which TorchScript needs
-    return Found(program)
+    return _script(program, path)
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-onnx
 KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
          "tensor(uint8)": np.uint8}  # what an ONNX model may take
+
+
+def _hashed(
+    *paths: Path,  # files
+) -> str:  # 16 hex digits
+    "What tells files apart by what is in them; the first is hashed as it is, the others after it."
+    h = hashlib.sha256(paths[0].read_bytes())
+    for path in paths[1:]:
+        own = hashlib.sha256()
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 22): own.update(piece)
+        h.update(own.digest())
+    return h.hexdigest()[:16]
+
+
+def _beside(
+    path: Path,  # an .onnx file
+) -> list[Path]:
+    "The files that hold its weights; an entry is the word `location`, the length of a name, and the name."
+    content, names = path.read_bytes(), set()
+    for at in re.finditer(rb"\x0a\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
+        size = sum((byte & 127) << 7 * i for i, byte in enumerate(at[1]))
+        names.add(content[at.end():at.end() + size].decode(errors="replace"))
+    return [path.parent / name for name in sorted(names) if name and (path.parent / name).is_file()]
 
 
 class Onnx:
@@ -180,7 +250,7 @@ class Onnx:
         self.last = len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)  # channels last
         sides = (shape[3], *shape[1:3]) if self.last else tuple(shape[1:])
         self.shape = sides if len(sides) == 3 and all(isinstance(s, int) for s in sides) else None
-        self.fingerprint = f"onnx {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+        self.fingerprint = f"onnx {_hashed(Path(path), *_beside(Path(path)))}"
         self.hint = ("an ONNX file only answers; for gradients, turn it into a torch network first, "
                      "e.g. with onnx2torch.convert(path)")
 
@@ -199,13 +269,16 @@ class Onnx:
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-onnx-kind
 def _names(
-    text: str | None,  # a JSON list or object of names, or names with commas
+    text: str | None,  # a list or an object of names, as JSON or as Python writes it, or names with commas
 ) -> tuple[str, ...] | None:
     "Class names as they are found in metadata."
     if not text: return None
-    try: found = json.loads(text)
-    except ValueError: return tuple(t.strip() for t in text.split(","))
-    return tuple(found[k] for k in sorted(found, key=int)) if isinstance(found, dict) else tuple(map(str, found))
+    found = text
+    for read in ast.literal_eval, json.loads:
+        with suppress(ValueError, SyntaxError): found = read(text)
+    if isinstance(found, dict): found = [found[k] for k in sorted(found, key=int)]
+    if not isinstance(found, (list, tuple)): found = [name.strip() for name in text.split(",")]
+    return tuple(map(str, found))
 
 
 @ADAPTERS.add(ends=(".onnx",))
@@ -217,7 +290,8 @@ def onnx(
     model = Onnx(path)
     meta = model.session.get_modelmeta().custom_metadata_map
     names = next((meta[k] for k in ("classes", "names", "id2label") if k in meta), None)
-    return Found(model, _names(names), model.shape, fixed=model.shape is not None)
+    return Found(model, _names(names), model.shape, fixed=model.shape is not None,
+                 whole=model.dtype is np.uint8)
 
 # %% ../../nbs/teachers/07_formats.ipynb #formats-of-file
 TOLD = dict(classes="CLASSES", input_shape="INPUT_SHAPE", mean="MEAN", std="STD",
@@ -257,14 +331,29 @@ def python(
     spec: str,  # FILE.py:NAME of a network, a function of images, or what makes one of them; the file is run
     options: dict,  # none
 ) -> Found:
-    "A function, or a network, of a Python file, and what the file says of it."
+    """A function, or a network, of a Python file, and what the file says of it.
+
+    A function is known by its name, its file, and the files named in `FILES`; what else it reads is not noticed.
+    """
     thing, said = of_file(spec)
     thing, (path, _, name) = _made(thing), str(spec).rpartition(":")
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
     if not isinstance(thing, nn.Module):
         thing = partial(_careful, thing, f"{name} of {path}")
-        thing.fingerprint = f"{name} of {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+        thing.fingerprint = f"{name} of {_hashed(Path(path), *_named(Path(path), said.get('FILES', ())))}"
     return Found(thing, **{k: said.get(upper) for k, upper in TOLD.items()})
+
+
+def _named(
+    path: Path,  # a Python file
+    names: tuple[str, ...],  # of files that its teacher consists of, beside it or absolute
+) -> list[Path]:
+    "The files of a teacher, all there."
+    found = [path.parent / name for name in ([names] if isinstance(names, str) else names)]
+    if lacking := [str(file) for file in found if not file.is_file()]:
+        raise FileNotFoundError(f"{path} names {', '.join(lacking)} in FILES, which does not exist; expected the files "
+                                "that its teacher reads, beside it")
+    return found
 
 
 def _careful(

@@ -51,7 +51,7 @@ def fold_batch_norms(
     steps, before = [n for n in net.graph.nodes if n.op == "call_module"], len(net.graph.nodes)
     used = [n.target for n in steps]
     for node in steps:
-        source = node.args[0]
+        source = node.args[0] if node.args else None
         if source not in steps or len(source.users) > 1 or used.count(source.target) > 1: continue
         norm, layer = net.get_submodule(node.target), net.get_submodule(source.target)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None: continue

@@ -210,6 +210,9 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient of the gradient
+            y = F.local_response_norm(x.to(ctx.dtype), 2, 2 * ctx.a)
+            return torch.autograd.grad(y, x, grad.to(ctx.dtype), create_graph=True)[0], None
         out = torch.empty_like(x)
         for block in _blocks(x):
             wide, g = x[block].to(ctx.dtype), grad[block]
@@ -244,7 +247,6 @@ class _NormedNarrow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a):
-        x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x)
         ctx.a, ctx.dtype, y = a, torch.float32, torch.empty_like(x)
         for block in _blocks(x):
@@ -254,7 +256,7 @@ class _NormedNarrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled(): return _Normed.backward(ctx, grad)  # somebody wants the gradient of the gradient
+        if torch.is_grad_enabled(): return _Normed.backward(ctx, grad)
         x, = ctx.saved_tensors
         grad, out, a = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(x), ctx.a
         for block in _blocks(x):
@@ -270,7 +272,8 @@ class PairNorm(nn.Module):
     "What `nn.LocalResponseNorm(2)` gives, several times faster on a CPU."
 
     def forward(self, x: Tensor) -> Tensor:
-        return (_NormedNarrow if x.dtype == torch.bfloat16 else _Normed).apply(x, 5e-5)
+        if x.dtype != torch.bfloat16: return _Normed.apply(x, 5e-5)
+        return _NormedNarrow.apply(x.contiguous(memory_format=torch.channels_last), 5e-5)
 
 # %% ../../nbs/teachers/01_networks.ipynb #models-alexnet
 def alexnet(

@@ -45,6 +45,12 @@ def load_model(
 ) -> tuple[nn.Module, dict]:  # (the network, its card)
     "The network and its card, from one file."
     tensors, card = load_tensors(path, "model")
+    if ":" in str(arch := card.get("arch")):
+        raise ValueError(f"{path} is a student of the network {arch}, which is another library's or a file's, and so "
+                         "is made by load_student. Ask it through a Python file (--teacher FILE.py:net): "
+                         "from kd_arbitrary.students.export import load_student; "
+                         f"net, card = load_student({str(path)!r}); "
+                         "CLASSES, INPUT_SHAPE = card['classes'], card['shape']. Or export it (--export onnx)")
     try:
         make = lambda: make_model(card["arch"], tuple(card["shape"]), len(card["classes"]))
         # nothing is allocated yet

@@ -30,6 +30,8 @@ class Found:
     std: tuple[float, ...] | None = None  # of each channel, likewise
     input_range: tuple[float, float] | None = None  # what black and white are before mean and std
     fixed: bool = False  # it takes no other shape
+    whole: bool = False  # it turns pixels in [0, 1] into bytes itself, and takes no other numbers
+    trouble: str = ""  # what kept it from saying more
 
 
 ADAPTERS = Registry("kind of teacher")  # functions (what follows the kind in the specification, options) -> Found

@@ -329,8 +329,10 @@ def _refuse(
         raise ValueError(f"unknown empty={how.empty!r}; expected 'refuse' or 'keep'")
     check_impressed(how.impressed)
     if known.get("nudges") and not teacher.whitebox:
-        raise ValueError(f"strategy {work.strategy!r} needs gradients and this teacher is a black box; "
-                         "use 'quota', 'repeat' or 'reweight'")
+        others = [s for s, facts in STRATEGIES.facts.items() if not facts.get("nudges") and s != "none"]
+        budget = hasattr(teacher, "box") and teacher.box.ledger.budget is not None
+        raise ValueError(f"strategy {work.strategy!r} needs gradients and this teacher is a black box"
+                         f"{', as a budget makes of any' * budget}; use one of {', '.join(others)}")
     if tuple(source.shape) != teacher.input_shape:
         raise ValueError(f"the source draws {tuple(source.shape)}, the teacher takes {teacher.input_shape}; "
                          "make the source with the teacher's shape")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../../nbs/transfer/02_push.ipynb #push-imports-core
 from ..core import generator, to_float, to_stored
-from ..pictures.views import make_views
+from ..pictures.views import VIEWS, make_views, view_names
 from ..teachers.teacher import Teacher
 
 # %% ../../nbs/transfer/02_push.ipynb #push-margin
@@ -149,7 +149,7 @@ def impress(
 ) -> Tensor:  # [n, C, H, W] of the same dtype; whether the teacher agrees must still be asked
     "The images, changed until the teacher sees the goal in most views of them."
     check_smooth(smooth, images.shape[1:])
-    if {"mixup", "cutmix"} & set(views.split("+")):
+    if set(view_names(views)) & set(VIEWS.where(mixes=True)):
         raise ValueError(f"an impression cannot be made through {views!r}: mixing has no single class; try 'affine'")
     if not (lead > 0 and steps > 0):
         raise ValueError(f"lead and steps must be positive, got {lead} and {steps}; try {LEAD} and {STEPS}")

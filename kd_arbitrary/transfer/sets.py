@@ -140,7 +140,7 @@ def identities(
     images: Tensor,  # [N, C, H, W]
 ) -> list[int]:  # equal for images that are equal byte for byte; of this process alone
     "What tells images apart."
-    rows = images.contiguous().flatten(1).view(torch.uint8).numpy()
+    rows = images.cpu().contiguous().flatten(1).view(torch.uint8).numpy()
     return [hash(row.tobytes()) for row in rows]
 
 
