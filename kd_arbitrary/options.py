@@ -168,10 +168,11 @@ def _app(help: str | None = None) -> typer.Typer:
                        help=help)
 
 
-def _load_plugins(paths: list[Path] | None) -> None:
+def _load_plugins(paths: list[Path] | None) -> list[Path] | None:
     "Run the user's files, before anything else is looked at."
     with exit_with(2):
         for path in paths or (): load_plugin(path)
+    return paths
 
 
 Plugin = Annotated[list[Path] | None,
