@@ -32,13 +32,12 @@ from kd_arbitrary.options import (
 )
 from .pictures.files import SUFFIXES
 from .pictures.sources import COLOURED, MIXTURE, make_source, usual_source
-from .pictures.views import USUAL
 from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
 from .studies.jobs import execute_job
 from .studies.facts import PAID, unusable
-from .studies.own import FASTEST, Job, check_job, check_priced, job_teacher, planned
+from .studies.own import FASTEST, USUALLY, Job, check_job, check_priced, job_teacher, planned
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
@@ -169,8 +168,7 @@ def kd_distill(
                       _sized("Passes over the set", "epochs", "; as many steps with the target's own images")] = None,
     views: Annotated[str | None,
                      _unsaid("What happens to images in the loop: names joined by +, of {views}; or none",
-                             f"{USUAL['gray']}, in colour {USUAL['colour']}; "
-                             "none for a black box with a budget")] = None,
+                             USUALLY)] = None,
     relabel: Annotated[bool | None, _said("relabel")] = Run.relabel,
     cached_views: Annotated[int, _said("cached_views")] = Run.cached_views,
     loss: Annotated[str, _said("loss", ": {loss}")] = Run.loss,
