@@ -7,7 +7,6 @@ __all__ = ['TOLERANCE', 'whole_spec', 'make_student', 'save_student', 'load_stud
 
 # %% ../../nbs/students/04_export.ipynb #export-imports
 import copy
-import hashlib
 import inspect
 import io
 import json
@@ -22,7 +21,7 @@ from torch import nn
 # %% ../../nbs/students/04_export.ipynb #export-imports-core
 from ..core import generator, need, pick
 from ..storage import load_tensors, save_tensors, write_atomic
-from ..teachers.formats import Onnx, of_file
+from ..teachers.formats import Onnx, file_digest, of_file
 from ..teachers.networks import MODELS, ConvPool, Normalize, PairNorm, make_model
 from ..teachers.specs import in_short
 from ..teachers.training import evaluating
@@ -84,7 +83,7 @@ def whole_spec(
     "What a network of a Python file is known by, from any folder and after somebody edited the file."
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file(): return spec, None
-    return f"{os.path.abspath(path)}:{name}", hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return f"{os.path.abspath(path)}:{name}", file_digest(Path(path))
 
 
 def make_student(
