@@ -45,7 +45,8 @@ def cache_views(
         for v in range(k):
             g = generator(seed, "cached views", v)
             for i in torch.arange(len(rows)).split(batch_size):
-                yield v * len(rows) + i, to_stored(apply(to_float(transfer.images[rows[i]]), g), images.dtype)
+                x = apply(to_float(transfer.images[rows[i]].to(teacher.device)), g)
+                yield v * len(rows) + i, to_stored(x, images.dtype).cpu()
     for (at, y), answer in ranks.each(lambda view: teacher(view[1]), altered()): images[at], scores[at] = y, answer
     return images, scores
 
