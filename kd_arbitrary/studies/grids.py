@@ -6,12 +6,13 @@
 __all__ = ['GRIDS', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG', 'NEAR',
            'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'APART', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
            'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES',
-           'TRIALS_IN_COLOUR', 'NARROW', 'grid', 'smoke', 'first_results', 'image_free', 'impressions', 'developed',
-           'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider', 'verdict_queries',
-           'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'seeds_apart', 'headline_controls', 'reference',
-           'development', 'photographs', 'black_box', 'imbalance', 'sizes', 'one_factor', 'rates', 'cifar10_small',
-           'cifar10_full', 'cifar100_full', 'development_colour', 'photos_cifar10', 'photos_asked', 'photos_best',
-           'photos_wrn', 'photos_cifar100', 'photos_views', 'select']
+           'IMPRESSED', 'TRIALS_IN_COLOUR', 'NARROW', 'DEEP', 'grid', 'smoke', 'first_results', 'image_free',
+           'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider',
+           'verdict_queries', 'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'seeds_apart',
+           'headline_controls', 'reference', 'development', 'photographs', 'black_box', 'imbalance', 'sizes',
+           'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'development_colour',
+           'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn', 'photos_deep', 'photos_cifar100',
+           'photos_long', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict, replace
@@ -358,6 +359,7 @@ NOISE = (dict(source="gaussian", teacher_bn="batch"), dict(source="gaussian"))
 THEN = (tuple(dict(source=s) for s in ("programs", "textured_leaves", "pyramid", "deadleaves", "scenes"))
         + (dict(source=TINY, n=8_000),))
 REFERENCES = (dict(source="original", balance="none"), dict(source="labels", balance="none"))
+IMPRESSED = dict(source=COLOURED, balance="impress", impressed=DEVELOPED["impressed"])
 
 
 def _cells(
@@ -415,8 +417,7 @@ def photos_best() -> list[Run]:
     """CIFAR-10, AlexNet to its half, 50,000 coloured programs: filled with a third impressions, filled with twice the
     steps, and as drawn and filled for students that begin with the teacher's weights."""
     inherited = [dict(balance=b, init="teacher") for b in ("fill", "none")]
-    impressed = dict(balance="impress", impressed=DEVELOPED["impressed"])
-    return _photos([impressed, dict(balance="fill", updates=22_320), *inherited], source=COLOURED)
+    return _photos([IMPRESSED, dict(balance="fill", updates=22_320), *inherited], source=COLOURED)
 
 
 NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train, and teach for thirty passes
@@ -429,12 +430,31 @@ def photos_wrn() -> list[Run]:
     return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], seeds=2, **NARROW)
 
 
+DEEP = dict(teacher="wrn40_2", student="wrn16_1")  # the pair of published methods; on a GPU
+
+
+@grid
+def photos_deep() -> list[Run]:
+    """CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps, on a GPU: coloured programs as drawn, filled, with a
+    third impressions; unrelated photographs and noise with batch statistics, as drawn and filled; original data."""
+    return _photos([IMPRESSED, *_cells((FIRST[0], FIRST[1], NOISE[0]), "fill", "none"), REFERENCES[0]], **DEEP)
+
+
 @grid
 def photos_cifar100() -> list[Run]:
     """CIFAR-100, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
-    CIFAR-10's photographs, as drawn and filled; original data, labels; two seeds."""
-    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], dict(source="cifar10")), "none", "fill")],
-                   seeds=2, target="cifar100", **NARROW)
+    CIFAR-10's photographs, as drawn and filled, programs also with a third impressions; original data, labels."""
+    return _photos([IMPRESSED, *_cells((FIRST[0], dict(source="cifar10"), NOISE[0]), "fill", "none"), *REFERENCES],
+                   target="cifar100", **NARROW)
+
+
+@grid
+def photos_long() -> list[Run]:
+    """CIFAR-10, 50,000 images, 22,320 steps, every view asked about, on a GPU: coloured programs filled and with a
+    third impressions, unrelated photographs, original data; AlexNet to its half, and WRN-40-2 to WRN-16-1."""
+    cells = [IMPRESSED, dict(FIRST[1], balance="none"), dict(FIRST[0], balance="fill"), REFERENCES[0]]
+    longer = dict(relabel=True, updates=22_320)
+    return _photos(cells, **longer) + _photos(cells, **longer, **DEEP)
 
 
 @grid

@@ -102,20 +102,21 @@ def push(
     "The images, changed a little until the teacher sees the goal in them."
     check_smooth(smooth, images.shape[1:])
     unit = images.dtype == torch.uint8
-    x, active = to_float(images).clone(), torch.arange(len(images))
+    x, goal, gap = (t.to(teacher.device) for t in (to_float(images), goal, gap))
+    x, active = x.clone(), torch.arange(len(x), device=x.device)
     for _ in range(steps):
         # where statistics are those of the batch, all of it is asked about, as it will be when the answers are checked
-        asked = torch.arange(len(x)) if teacher.bn == "batch" else active
-        part = x[asked].to(teacher.device).requires_grad_()
-        f = _margin(teacher, part, goal[asked].to(teacher.device), bfloat16)
+        asked = torch.arange(len(x), device=x.device) if teacher.bn == "batch" else active
+        part = x[asked].requires_grad_()
+        f = _margin(teacher, part, goal[asked], bfloat16)
         grad, = torch.autograd.grad(f.sum(), part)
-        f, grad = f.detach().cpu(), grad.cpu()
+        f = f.detach()
         if teacher.bn == "batch": f, grad = f[active], grad[active]
         far = f < ENOUGH * gap[active]
         active, f, grad = active[far], f[far], grad[far]
         if not len(active): break
         x[active] = _step(x[active], grad, STRETCH * (gap[active] - f), smooth, unit)
-    return to_stored(x, images.dtype)
+    return to_stored(x.cpu(), images.dtype)
 
 # %% ../../nbs/transfer/02_push.ipynb #push-survival
 def survival(
