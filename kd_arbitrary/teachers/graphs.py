@@ -55,6 +55,8 @@ class Graphed:
         before = {k: v.clone() for k, v in self.model.named_buffers()}
         state = torch.cuda.get_rng_state(x.device)
         held = _Held(self.model).train()
+        # gradients of a replay come from another stream than those of the rehearsals; PyTorch knows, and would warn
+        getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
             self.recorded = torch.cuda.make_graphed_callables(held, (x.clone(),))
         self.shape = x.shape
