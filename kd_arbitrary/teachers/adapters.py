@@ -118,7 +118,7 @@ def load_teacher(
     std: tuple[float, ...] | None = None,  # likewise, else 1
     input_range: tuple[float, float] | None = None,  # what black and white are before mean and std; None: likewise
     multi_label: bool = False,  # its answers are those of independent labels; see `Shares`
-    device: str | torch.device = "cpu",  # where to run it
+    device: str | torch.device = "cpu",  # where to run a network; a function gets its images on the CPU
     allow_pickle: bool = False,  # open files that can run code
     arch: nn.Module | str | None = None,  # the network that foreign weights are for
     # what may stand before the model, from its first question on: a function of the function that asks, see `walled`
@@ -132,6 +132,7 @@ def load_teacher(
     prepare = _prepared(found, shape, mean, std, input_range)
     ask, given = _chain(found, prepare, None), found.classes if classes is None else classes
     if isinstance(ask, nn.Module): ask = ask.eval().to(device)
+    else: device = "cpu"  # a function may know no other place
     front = wall(ask) if wall else ask
     if front is not ask: front.accept = lambda answer: _understood(found, answer, gives, given, multi_label)
     answer = _first_answer(front, shape, device)
