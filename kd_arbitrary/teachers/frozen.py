@@ -11,7 +11,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% ../../nbs/teachers/11_frozen.ipynb #frozen-imports-core
 from ..core import bfloat16_where, has_bfloat16
@@ -47,7 +47,7 @@ def _replace(
 def fold_batch_norms(
     net: fx.GraphModule,  # of `traced`; changed in place
 ) -> int:  # how many were folded
-    "Merge each batch norm with the convolution or linear layer before it, where that is exact."
+    "Merge each batch norm with the convolution before it, where that is exact."
     steps, before = [n for n in net.graph.nodes if n.op == "call_module"], len(net.graph.nodes)
     used = [n.target for n in steps]
     for node in steps:
@@ -55,9 +55,8 @@ def fold_batch_norms(
         if source not in steps or len(source.users) > 1 or used.count(source.target) > 1: continue
         norm, layer = net.get_submodule(node.target), net.get_submodule(source.target)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None: continue
-        if type(layer) not in (nn.Conv2d, nn.Linear): continue
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        _replace(net, source.target, fuse(layer, norm))
+        if type(layer) is not nn.Conv2d: continue
+        _replace(net, source.target, fuse_conv_bn_eval(layer, norm))
         node.replace_all_uses_with(source)
         net.graph.erase_node(node)
     net.recompile()
