@@ -6,10 +6,13 @@
 __all__ = ['graphable', 'Graphed']
 
 # %% ../../nbs/teachers/02_graphs.ipynb #graphs-imports
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/teachers/02_graphs.ipynb #graphs-imports-core
+from ..core import is_device_loss
 from .networks import Normalize
 
 # %% ../../nbs/teachers/02_graphs.ipynb #graphs-which
@@ -51,15 +54,18 @@ class Graphed:
         return (self.recorded if x.shape == self.shape else self.model)(x)
 
     def _record(self, x: Tensor) -> None:
-        "Rehearse and record, and put back what the rehearsals changed."
+        "Rehearse and record, and put back what the rehearsals changed; where it cannot be done, go on without."
         before = {k: v.clone() for k, v in self.model.named_buffers()}
-        state = torch.cuda.get_rng_state(x.device)
-        held = _Held(self.model).train()
+        state, self.shape = torch.cuda.get_rng_state(x.device), x.shape
         # gradients of a replay come from another stream than those of the rehearsals; PyTorch knows, and would warn
         getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
-            self.recorded = torch.cuda.make_graphed_callables(held, (x.clone(),))
-        self.shape = x.shape
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
+                self.recorded = torch.cuda.make_graphed_callables(_Held(self.model).train(), (x.clone(),))
+        except RuntimeError as e:
+            if is_device_loss(e) and "captur" not in str(e): raise
+            warnings.warn(f"the network's steps are launched kernel by kernel: {str(e).splitlines()[0]}", stacklevel=2)
+            self.recorded = self.model
         with torch.no_grad():
             for k, v in self.model.named_buffers(): v.copy_(before[k])
         torch.cuda.set_rng_state(state, x.device)
