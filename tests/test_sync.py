@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+from run_notebooks import mark
+
 LIBRARY = ROOT / "kd_arbitrary"
 NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if path.parent.name[0] != "."]
 GROUND = ("core", "html", "storage")  # below all rooms
@@ -74,6 +77,13 @@ def test_outputs_name_no_machine():
 def test_lines_fit_beside_another_file(path):
     lines = [line for line in path.read_text().split("\n") if not line.startswith("__all__")]   # nbdev breaks that one late
     assert [line for line in lines if len(line) > 120] == [], "split it: one idea a line"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(ROOT / "nbs").as_posix())
+def test_outputs_are_those_of_their_cells(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
+    stale = [cell["id"] for cell in cells if cell["metadata"].get("ran") != mark(cell["source"])]
+    assert stale == [], "the code was changed after it ran: python tools/run_notebooks.py (with --flags slow for cells that tests skip)"
 
 
 def test_notebooks_have_names_that_sort():

@@ -4,9 +4,10 @@
     python tools/run_notebooks.py nbs/pictures/01_noise.ipynb    # some
     python tools/run_notebooks.py --flags "slow cuda"   # also the cells that tests skip
 
-A skipped cell keeps the output it had. A notebook that fails is left as it was.
+A skipped cell keeps the output it had. A notebook that fails is left as it was. Beside an output stands, as `ran`
+in the cell's metadata, a hash of the code that made it, so that a test can tell outputs older than their cells.
 """
-import argparse, multiprocessing, os, re, sys, tempfile, time
+import argparse, hashlib, multiprocessing, os, re, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,11 @@ def tidy(output: dict) -> dict | None:
     return output
 
 
+def mark(source: str | list[str]) -> str:
+    "Eight hex digits that change when a cell's code does."
+    return hashlib.sha256("".join(source).encode()).hexdigest()[:8]
+
+
 class KeepingShell(CaptureShell):
     "The shell of nbdev_test, with the outputs of the cells that ran kept in `ran`; figures at one pixel a dot."
     ran: dict = {}
@@ -66,7 +72,9 @@ def run(path: Path, flags: str) -> bool:
     if passed and KeepingShell.ran:
         notebook = read_nb(path)
         for cell in notebook.cells:
-            if cell.id in KeepingShell.ran: cell.outputs = KeepingShell.ran[cell.id]
+            if cell.id not in KeepingShell.ran: continue
+            cell.outputs = KeepingShell.ran[cell.id]
+            cell.metadata = dict(ran=mark(cell.source)) if cell.outputs else {}
         write_nb(notebook, path)
         nbdev_clean(str(path))
     size = path.stat().st_size / 1024
