@@ -83,7 +83,7 @@ def test_lines_fit_beside_another_file(path):
 def test_outputs_are_those_of_their_cells(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code" and cell["outputs"]]
     stale = [cell["id"] for cell in cells if cell["metadata"].get("ran") != mark(cell["source"])]
-    assert stale == [], "the code was changed after it ran: python tools/run_notebooks.py (with --flags slow for cells that tests skip)"
+    assert stale == [], "the code was changed after it ran: python tools/run_notebooks.py (with --flags 'slow cuda' for cells that tests skip)"
 
 
 def test_notebooks_have_names_that_sort():

@@ -74,7 +74,7 @@ def run(path: Path, flags: str) -> bool:
         for cell in notebook.cells:
             if cell.id not in KeepingShell.ran: continue
             cell.outputs = KeepingShell.ran[cell.id]
-            cell.metadata = dict(ran=mark(cell.source)) if cell.outputs else {}
+            cell.metadata = {k: v for k, v in cell.metadata.items() if k != "ran"} | (dict(ran=mark(cell.source)) if cell.outputs else {})
         write_nb(notebook, path)
         nbdev_clean(str(path))
     size = path.stat().st_size / 1024

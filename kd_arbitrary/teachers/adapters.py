@@ -266,7 +266,8 @@ def _first_answer(
     except (RuntimeError, TypeError) as e:
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__  # below TorchScript's traceback
         raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {why}; "
-                         "check input_shape (--input-shape)") from e
+                         "check input_shape (--input-shape)"
+                         + ("" if isinstance(ask, nn.Module) else "; a function gets its images on the CPU")) from e
     return tensor_of(answer).cpu()
 
 

@@ -6,6 +6,7 @@
 __all__ = ['graphable', 'Graphed']
 
 # %% ../../nbs/teachers/02_graphs.ipynb #graphs-imports
+import gc
 import warnings
 
 import torch
@@ -20,9 +21,11 @@ def graphable(
     model: nn.Module,  # to be trained
     device: str | torch.device,  # where it is
 ) -> bool:
-    "Whether its passes may be recorded: on a GPU, and made of known layers only."
-    known = lambda home: home.split(".")[0] in ("torch", "torchvision") or home == Normalize.__module__
-    return torch.device(device).type == "cuda" and all(known(type(m).__module__) for m in model.modules())
+    "Whether its passes may be recorded: on a GPU, and made of known layers only, without hooks."
+    known = lambda home: home.startswith(("torch.nn.modules.", "torchvision.")) or home == Normalize.__module__
+    hooked = lambda m: any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+    return (torch.device(device).type == "cuda"
+            and all(known(type(m).__module__) and not hooked(m) for m in model.modules()))
 
 # %% ../../nbs/teachers/02_graphs.ipynb #graphs-class
 class _Held(nn.Module):
@@ -43,29 +46,55 @@ class Graphed:
         model: nn.Module,  # on a GPU; see `graphable`
         bfloat16: bool = False,  # called under autocast to bfloat16
     ):
-        self.model, self.bfloat16, self.shape, self.recorded = model, bfloat16, None, None
+        self.model, self.bfloat16, self.shape, self.recorded, self.used = model, bfloat16, None, None, False
+
+    def __getattr__(self, name): return getattr(self.model, name)
+
+    def begin(self) -> None:
+        "Another step: its first call may be a replay."
+        self.used = False
 
     def __call__(
         self,
         x: Tensor,  # [n, C, H, W] float32 on the GPU
     ) -> Tensor:  # [n, K]
-        if not self.model.training or not torch.is_grad_enabled() or x.requires_grad: return self.model(x)
+        "What the network answers; recorded where nothing else was asked in this step."
+        plain = self.used or not self.model.training or not torch.is_grad_enabled() or x.requires_grad
+        if plain: return self.model(x)
         if self.shape is None: self._record(x)
-        return (self.recorded if x.shape == self.shape else self.model)(x)
+        if x.shape != self.shape: return self.model(x)
+        self.used = True
+        return self.recorded(x)
+
+    def forget(self) -> None:
+        "Give the recording's memory back."
+        self.recorded, self.shape = None, None
+        gc.collect()
+        _mismatch(True)
 
     def _record(self, x: Tensor) -> None:
         "Rehearse and record, and put back what the rehearsals changed; where it cannot be done, go on without."
         before = {k: v.clone() for k, v in self.model.named_buffers()}
         state, self.shape = torch.cuda.get_rng_state(x.device), x.shape
-        # gradients of a replay come from another stream than those of the rehearsals; PyTorch knows, and would warn
-        getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
-        try:
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
-                self.recorded = torch.cuda.make_graphed_callables(_Held(self.model).train(), (x.clone(),))
-        except RuntimeError as e:
+        _mismatch(False)
+        gc.collect()
+        try: self.recorded = self._rehearsed(x)
+        except (RuntimeError, AssertionError, ValueError) as e:
             if is_device_loss(e) and "captur" not in str(e): raise
-            warnings.warn(f"the network's steps are launched kernel by kernel: {str(e).splitlines()[0]}", stacklevel=2)
+            torch.rand(1, device=x.device)  # a GPU that is still recording says so here
+            warnings.warn(f"the network's steps are launched kernel by kernel: {e}", stacklevel=2)
             self.recorded = self.model
         with torch.no_grad():
             for k, v in self.model.named_buffers(): v.copy_(before[k])
         torch.cuda.set_rng_state(state, x.device)
+
+    def _rehearsed(self, x: Tensor) -> nn.Module:
+        "The recorded network; the current stream is the one that counts afterwards, whatever happens."
+        with (torch.cuda.device(x.device), torch.cuda.stream(torch.cuda.current_stream(x.device)),
+              torch.autocast("cuda", torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)):
+            return torch.cuda.make_graphed_callables(_Held(self.model).train(), (x.clone(),), allow_unused_input=True)
+
+
+def _mismatch(said: bool) -> None:
+    "Whether PyTorch warns that gradients of a replay come from another stream than those of the rehearsals."
+    getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(said)

@@ -84,7 +84,8 @@ def recipe_of(
     recipe.pop("half")
     recipe["arch"] = arch or recipe["arch"]
     if recipe["arch"].startswith("wrn"): recipe |= WIDE_RECIPE
-    return recipe | dict(epochs=EPOCHS.get((target, recipe["arch"]), recipe["epochs"])) | changes
+    own = {k: v for k, v in dict(epochs=EPOCHS.get((target, recipe["arch"]))).items() if v}
+    return recipe | own | changes
 
 
 def teacher_name(

@@ -282,6 +282,7 @@ def fit(
                      steps_of, schedule, done, per_epoch, bar, ranks, shared)
         for epoch in range(len(done.history), epochs): _passed(loop, epoch, starting)
     bar.close()
+    if isinstance(shared, Graphed): shared.forget()
     return done
 
 
@@ -337,6 +338,7 @@ def _step(
     "One optimiser step."
     rate = loop.lr * loop.schedule(loop.fit.updates, loop.epochs * loop.per_epoch)
     for group in loop.optimiser.param_groups: group["lr"] = rate
+    if isinstance(loop.shared, Graphed): loop.shared.begin()
     with torch.autocast(torch.device(loop.device).type, torch.bfloat16, enabled=loop.bfloat16):
         loss = loop.loss_of(loop.shared, index, g)
     loop.optimiser.zero_grad(set_to_none=True)
