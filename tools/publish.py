@@ -7,7 +7,7 @@ which halves the file; the teacher is the rounded network, and its accuracy is m
 import argparse, sys
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_arbitrary.students.evaluate import evaluate
 from kd_arbitrary.teachers.recipes import PUBLISHED, load_model, save_model, teacher_name
@@ -17,10 +17,14 @@ from kd_arbitrary.teachers.teacher import Teacher
 LARGEST = 30 * 2**20  # bytes of all published teachers together
 
 
+def kernels(model: nn.Module) -> list[Tensor]:
+    "Kernels and matrices, not biases and norms."
+    return [weight for weight in model.parameters() if weight.ndim > 1]
+
+
 def rounded(model: nn.Module, card: dict) -> dict:
     "The card of a network whose kernels and matrices are rounded in place, as float32."
-    for weight in model.parameters():
-        if weight.ndim > 1: weight.data = weight.data.half().float()
+    for weight in kernels(model): weight.data = weight.data.half().float()
     target = load_target(card["target"])
     return card | dict(stored="float16", test_accuracy=evaluate(model, target.test_images, target.test_labels)["accuracy"])
 
@@ -35,8 +39,7 @@ def publish(path: Path, half: bool = False) -> Path:
     out = PUBLISHED / f"{name}.safetensors"
     if out.exists() and load_model(out)[1]["fingerprint"] != fingerprint: sys.exit(f"{out} is published with other weights; records name it, so it stays")
     if half:
-        for weight in model.parameters():
-            if weight.ndim > 1: weight.data = weight.data.half()
+        for weight in kernels(model): weight.data = weight.data.half()
     return save_model(out, model, card | dict(fingerprint=fingerprint))
 
 

@@ -26,7 +26,7 @@ from .records import find_record, write_record
 from .report import write_report
 from .runs import GIVEN, SIZES, Run, looped, updates
 from ..teachers.networks import MODELS, make_model
-from ..teachers.recipes import RECIPES, WIDE_RECIPE
+from ..teachers.recipes import RECIPES, rate_of_labels
 from ..transfer.sets import TransferSet
 
 # %% ../../nbs/studies/15_comparison.ipynb #cli-rows
@@ -51,7 +51,7 @@ def settings(
     student = student or RECIPES[target]["half"]
     pick(MODELS, student, "student")
     with torch.device("meta"): rate = usual_rate(make_model(student, shape, k))
-    if source == "labels" and student.startswith("wrn"): rate = WIDE_RECIPE["lr"]  # learned as teachers do
+    if source == "labels": rate = rate_of_labels(student, rate)
     return job | dict(lr=rate, views=usual_views(shape), source=source or SHOWN.get(target, usual_source(shape)))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRIDS', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSIONS', 'DEVELOPED', 'QUICK', 'LONG', 'NEAR',
            'RESEMBLES', 'STUDY', 'CONVERGED', 'TEACHERS', 'COUNTED', 'APART', 'ALL_WAYS', 'REFERENCE_VIEWS', 'TRIALS',
-           'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES', 'TAUGHT',
+           'ASKED_WAYS', 'BUDGETS', 'PAIRS', 'WIDE', 'TINY', 'PHOTOS', 'FIRST', 'NOISE', 'THEN', 'REFERENCES',
            'IMPRESSED', 'TRIALS_IN_COLOUR', 'NARROW', 'DEEP', 'grid', 'smoke', 'first_results', 'image_free',
            'impressions', 'developed', 'inherited', 'balance_study', 'mosaic_confound', 'verdict', 'verdict_wider',
            'verdict_queries', 'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'seeds_apart',
@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from ..core import Registry
 from ..pictures.sources import COLOURED, MIXTURE
 from .runs import GIVEN, N, Run
-from ..teachers.recipes import WIDE_RECIPE
+from ..teachers.recipes import rate_of_labels
 from ..teachers.targets import HALVES
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-registry
@@ -324,6 +324,14 @@ def cifar10_small() -> list[Run]:
     return [Run(target="cifar10", seed=seed, **WIDE, **cell) for seed in range(3) for cell in small]
 
 
+def _rated(
+    fields: dict,  # of a run, its source and rate among them
+) -> dict:
+    "The same, with the rate at which its student learns labels, where it learns them."
+    if fields["source"] != "labels": return fields
+    return fields | dict(lr=rate_of_labels(fields.get("student", ""), fields["lr"]))
+
+
 def _full(
     target: str,  # cifar10 or cifar100
     other: str,  # the other one, as a source
@@ -334,8 +342,7 @@ def _full(
     cells = [dict(source=s, balance=b) for s in sources for b in ("none", "fill")]
     cells += ([dict(source=s, balance=b, teacher_bn="batch") for s in sources[:2] for b in ("none", "fill")]
               + [dict(source=s, balance="none") for s in GIVEN])
-    rate = lambda s, cell: (dict(lr=WIDE_RECIPE["lr"]) if cell["source"] == "labels" and s.startswith("wrn") else {})
-    return [Run(target=target, teacher=t, student=s, n=50_000, epochs=30, seed=seed, **WIDE | rate(s, cell) | cell)
+    return [Run(target=target, teacher=t, n=50_000, epochs=30, seed=seed, **_rated(WIDE | dict(student=s) | cell))
             for seed in range(3) for t, s in PAIRS[target] for cell in cells]
 
 
@@ -361,7 +368,6 @@ NOISE = (dict(source="gaussian", teacher_bn="batch"), dict(source="gaussian"))
 THEN = (tuple(dict(source=s) for s in ("programs", "textured_leaves", "pyramid", "deadleaves", "scenes"))
         + (dict(source=TINY, n=8_000),))
 REFERENCES = (dict(source="original", balance="none"), dict(source="labels", balance="none"))
-TAUGHT = dict(REFERENCES[1], lr=WIDE_RECIPE["lr"])  # wide residual networks learn labels as teachers do
 IMPRESSED = dict(source=COLOURED, balance="impress", impressed=DEVELOPED["impressed"])
 
 
@@ -379,7 +385,7 @@ def _photos(
     **common,  # fields of all runs, over those of `PHOTOS`
 ) -> list[Run]:
     "The cells with one seed, then with the next."
-    return [Run(seed=seed, **PHOTOS | common | cell) for seed in range(seeds) for cell in cells]
+    return [Run(seed=seed, **_rated(PHOTOS | common | cell)) for seed in range(seeds) for cell in cells]
 
 TRIALS_IN_COLOUR = (  # over coloured programs, filled: what else is drawn, seen, balanced, and how soft and fast
     *(dict(), dict(source=MIXTURE), dict(source=MIXTURE, views="affine+mixup"), dict(views="affine+mixup")),
@@ -430,7 +436,7 @@ NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train,
 def photos_wrn() -> list[Run]:
     """CIFAR-10, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
     unrelated photographs, as drawn and filled; original data, labels; two seeds."""
-    return _photos([REFERENCES[0], TAUGHT, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], seeds=2, **NARROW)
+    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], seeds=2, **NARROW)
 
 
 DEEP = dict(teacher="wrn40_2", student="wrn16_1")  # the pair of published methods; on a GPU
@@ -448,7 +454,7 @@ def photos_cifar100() -> list[Run]:
     """CIFAR-100, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
     CIFAR-10's photographs, as drawn and filled, programs also with a third impressions; original data, labels."""
     cells = _cells((FIRST[0], dict(source="cifar10"), NOISE[0]), "fill", "none")
-    return _photos([IMPRESSED, *cells, REFERENCES[0], TAUGHT], target="cifar100", **NARROW)
+    return _photos([IMPRESSED, *cells, *REFERENCES], target="cifar100", **NARROW)
 
 
 @grid
