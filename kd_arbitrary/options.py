@@ -12,6 +12,8 @@ import inspect
 import json
 import os
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,19 +49,36 @@ def exit_with(
     goes_on: bool = True,  # what is interrupted is not lost
 ) -> Iterator[None]:
     "Turn an exception into one line on stderr and an exit status, and warnings into lines."
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _interrupts() as interrupts:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *args, **kwargs: _say(f"warning: {message}")
         try: yield
         except (typer.Exit, typer.Abort): raise
-        except KeyboardInterrupt:
-            _say("stopped; the same command goes on from here" if goes_on else "stopped")
-            raise typer.Exit(130) from None
-        except Exception as e:
+        except (KeyboardInterrupt, Exception) as e:
+            if interrupts or isinstance(e, KeyboardInterrupt):
+                _say("stopped; the same command goes on from here" if goes_on else "stopped")
+                raise typer.Exit(130) from None
             if debug: raise
             kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
             _say(f"error: {kind}{_words(e)}", everywhere=not isinstance(e, (ValueError, OSError)))
             raise typer.Exit(status) from None
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    "Each Ctrl-C that came, beside its `KeyboardInterrupt`, which compiled code may turn into another error."
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = usual and threading.current_thread() is threading.main_thread()
+    if ours: signal.signal(signal.SIGINT, note)
+    try: yield came
+    finally:
+        if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _CLOSED = errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST

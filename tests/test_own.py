@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from typer import Exit
 from typer.testing import CliRunner
 
 from kd_arbitrary import cli
+from kd_arbitrary.options import exit_with
 from kd_arbitrary.students.export import load_student
 from processes import Job, command, kd_distill as distill
 
@@ -144,6 +146,17 @@ def test_stopped_it_says_how_to_go_on(home, tmp_path):
     done = distill(*words, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["history"][-1]["epoch"] == 40, done.stderr
     assert (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns == made and (tmp_path / "run/report.html").exists()
+
+
+def test_an_interrupt_is_one_where_compiled_code_made_another_error_of_it(capsys):
+    "TorchScript passes an interrupt of the Python that it calls on as an error without words."
+    with pytest.raises(Exit) as left, exit_with(1):
+        try: signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt: raise RuntimeError("") from None
+    assert left.value.exit_code == 130 and capsys.readouterr().err == "stopped; the same command goes on from here\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(Exit) as left, exit_with(1): raise RuntimeError("no luck")
+    assert left.value.exit_code == 1
 
 
 def report(*words):

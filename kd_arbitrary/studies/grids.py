@@ -435,8 +435,11 @@ NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train,
 @grid
 def photos_wrn() -> list[Run]:
     """CIFAR-10, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
-    unrelated photographs, as drawn and filled; original data, labels; two seeds."""
-    return _photos([*REFERENCES, *_cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")], seeds=2, **NARROW)
+    unrelated photographs, as drawn and filled; programs also with a third impressions, noise also with every view
+    asked about; original data, labels; two seeds."""
+    noise = dict(NOISE[0], balance="none", relabel=True)  # statistics of the batch that the student sees
+    cells = _cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")
+    return _photos([IMPRESSED, *REFERENCES, *cells, noise], seeds=2, **NARROW)
 
 
 DEEP = dict(teacher="wrn40_2", student="wrn16_1")  # the pair of published methods; on a GPU
