@@ -47,8 +47,9 @@ def read_survey(
     grid: str,  # one of `GRIDS`
     results: Path,  # the folder with a folder of records a grid
 ) -> tuple[pd.DataFrame, dict[str, dict]]:  # of `grid_frame`; records by key
-    """Every run of a grid, with `given` (the target itself teaches), `kind`, `text` (the source as configured), `source`
-    (its name, and how it is seen), `pair` (teacher → student) and `minutes` (of processor time where that was taken)."""
+    """Every run of a grid, with `given` (the target itself teaches), `kind`, `text` (the source as configured),
+    `source` (its name, and how it is seen), `pair` (teacher → student) and `minutes` (of processor time where that
+    was taken)."""
     records = {r["key"]: r for r in read_records(Path(results) / grid)}
     f = grid_frame(GRIDS[grid](), records.values())
     given, asked = f.source.isin(GIVEN), f.relabel.astype(bool)
@@ -136,7 +137,7 @@ def bounds_text(
 ) -> str:
     "What the references reach, and what follows if the labels teach more than the teacher's answers."
     told, labelled = (f[f.text == source] for source in GIVEN)
-    if not len(told): return "The student on the original images is not run: how near this is to its bound is not known."
+    if not len(told): return "The student on the original images is not run: its bound is not known."
     text = f"The original images teach {accuracy_text(told)} by the teacher's answers"
     if not len(labelled): return text + "."
     text += f", {accuracy_text(labelled)} by their labels"
@@ -155,7 +156,8 @@ def noise_text(
     held = np.mean([records[k]["history"][-1]["agreement"] for k in rows.key])
     return (f"Noise, seen with the statistics of the batch, has an entropy of {rows.entropy.mean():.2f} and teaches "
             f"{accuracy_text(rows)}: of noise held out from it, the student says what the teacher says in "
-            f"{100 * held:.0f} %. An answer depends there on the other images of the batch, and with cached views the student sees others.")
+            f"{100 * held:.0f} %. An answer depends there on the other images of the batch, "
+            "and with cached views the student sees others.")
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-figure
 MARKS, TINTS = dict(none="o", repeat="s", fill="D", impress="P"), COLOURS | dict(impress=GREEN)
