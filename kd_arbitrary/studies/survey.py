@@ -95,10 +95,10 @@ def gain_text(
     way: str,  # of balancing
     over: str = "none",  # another way
 ) -> str | None:  # None where no seed was run both ways
-    "The gain in points, its interval if there are two seeds or more, and the number of seeds."
-    if e := lead_of(rows, way, over): return f"{e} ({e.pairs} seeds)"
+    "The gain, its interval if there are two seeds or more, and the number of seeds."
+    if e := lead_of(rows, way, over): return f"{e} points ({e.pairs} seeds)"
     both = rows.pivot_table(index="seed", columns="balance", values="accuracy").reindex(columns=[way, over]).dropna()
-    return f"{100 * (both[way] - both[over]).mean():+.1f} (one seed)" if len(both) else None
+    return f"{100 * (both[way] - both[over]).mean():+.1f} points (one seed)" if len(both) else None
 
 
 def gains_text(
