@@ -8,6 +8,7 @@ __all__ = ['WAYS', 'NETWORKS', 'NAMES', 'MARKS', 'TINTS', 'DASHES', 'named', 're
            'survey_figure', 'planned_text']
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-imports
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,17 +30,18 @@ from .tables import KINDS, grid_frame, markdown
 # %% ../../nbs/studies/16_survey.ipynb #survey-names
 WAYS = dict(none="as drawn", repeat="repeated", fill="filled", impress="filled, a third impressions")
 NETWORKS = dict(alexnet="AlexNet", alexnet_half="its half", inception_v3="Inception-V3", resnet18="ResNet-18",
-                wrn40_2="WRN-40-2", wrn16_2="WRN-16-2", wrn16_1="WRN-16-1")
+                resnet34="ResNet-34", wrn40_2="WRN-40-2", wrn16_2="WRN-16-2", wrn16_1="WRN-16-1")
 NAMES = {COLOURED: "programs, leaves, objects, spectra", EVERYTHING: "ten kinds in equal shares",
          TINY: "Tiny-ImageNet, 8,000 photographs", "cifar100_unrelated": "CIFAR-100, unrelated classes",
-         "cifar10": "CIFAR-10's photographs", "original": "original images",
-         COLOURED.replace("+", " + "): "programs, leaves, objects, spectra"}
+         "cifar10": "CIFAR-10's photographs", "original": "original images"}
 
 
 def named(
     source: str,  # as it stands in a configuration
 ) -> str:
-    "What a source is called on a page."
+    "What a source is called on a page; a mixture in equal shares is called as one without weights."
+    parts = re.findall(r"([\d.]+)\*(\w+)", source)
+    if len({weight for weight, _ in parts}) == 1: source = "+".join(name for _, name in parts)
     return NAMES.get(source, source.replace("_", " "))
 
 
@@ -54,7 +56,7 @@ def read_survey(
     f = grid_frame(GRIDS[grid](), records.values())
     given, asked = f.source.isin(GIVEN), f.relabel.astype(bool)
     note = np.where(f.teacher_bn == "batch", ", batch statistics", "")
-    note = note + np.where(asked & ~given & (~asked).any(), ", every view asked about", "")
+    note = note + np.where(asked & ~given & (~asked & ~given).any(), ", every view asked about", "")
     f = f.assign(given=given, kind=f.kind.where(~given, "reference"), text=f.source,
                  source=f.source.map(named) + note, minutes=f.cpu.astype(float).fillna(f.seconds) / 60,
                  pair=f.teacher.map(NETWORKS) + " → " + f.student.map(NETWORKS))
@@ -135,15 +137,15 @@ def machines_text(
 def bounds_text(
     f: pd.DataFrame,  # finished runs of `read_survey`, one pair of networks
 ) -> str:
-    "What the references reach, and what follows if the labels teach more than the teacher's answers."
+    "What the references reach, and what is open if the labels teach more than the teacher's answers."
     told, labelled = (f[f.text == source] for source in GIVEN)
     if not len(told): return "The student on the original images is not run: its bound is not known."
     text = f"The original images teach {accuracy_text(told)} by the teacher's answers"
     if not len(labelled): return text + "."
     text += f", {accuracy_text(labelled)} by their labels"
     if labelled.accuracy.mean() <= told.accuracy.mean(): return text + "."
-    return text + (": what lies between is lost by the lesson (cached views, one rate for all sources), "
-                   "not by the choice of images.")
+    return text + (": better images alone would not close the gap. The two lessons differ in optimiser and rate, loss, "
+                   "views and what is held out; which of these costs the points is not tested.")
 
 
 def noise_text(
@@ -156,8 +158,8 @@ def noise_text(
     held = np.mean([records[k]["history"][-1]["agreement"] for k in rows.key])
     return (f"Noise, seen with the statistics of the batch, has an entropy of {rows.entropy.mean():.2f} and teaches "
             f"{accuracy_text(rows)}: of noise held out from it, the student says what the teacher says in "
-            f"{100 * held:.0f} %. An answer depends there on the other images of the batch, "
-            "and with cached views the student sees others.")
+            f"{100 * held:.0f} %. It may be that an answer depends there on the other images of the batch, and that "
+            "with cached views the student sees others; this is not tested.")
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-figure
 MARKS, TINTS = dict(none="o", repeat="s", fill="D", impress="P"), COLOURS | dict(impress=GREEN)
