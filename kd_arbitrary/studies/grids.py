@@ -11,8 +11,8 @@ __all__ = ['GRIDS', 'SOURCES', 'EVERYTHING', 'EPOCHS', 'LONG_VIEWS', 'IMPRESSION
            'verdict_queries', 'verdict_asked', 'verdict_steps', 'verdict_relabelled', 'seeds_apart',
            'headline_controls', 'reference', 'development', 'photographs', 'black_box', 'imbalance', 'sizes',
            'one_factor', 'rates', 'cifar10_small', 'cifar10_full', 'cifar100_full', 'development_colour',
-           'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn', 'photos_deep', 'photos_cifar100',
-           'photos_long', 'photos_views', 'select']
+           'photos_cifar10', 'photos_asked', 'photos_best', 'photos_wrn', 'rates_wide', 'photos_deep',
+           'photos_cifar100', 'photos_long', 'photos_views', 'select']
 
 # %% ../../nbs/studies/05_grids.ipynb #grids-imports
 from dataclasses import asdict, replace
@@ -440,6 +440,14 @@ def photos_wrn() -> list[Run]:
     noise = dict(NOISE[0], balance="none", relabel=True)  # statistics of the batch that the student sees
     cells = _cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")
     return _photos([IMPRESSED, *REFERENCES, *cells, noise], seeds=2, **NARROW)
+
+
+@grid
+def rates_wide() -> list[Run]:
+    """CIFAR-10, WRN-16-2 to WRN-16-1, 20,000 filled coloured programs, 1,600 steps: four learning rates; for choosing,
+    by what the student says of held-out pictures, not quoting."""
+    fixed = dict(source=COLOURED, balance="fill", n=20_000, updates=1_600, cached_views=4, holdout=0.15, **NARROW)
+    return _photos([dict(lr=lr) for lr in (8e-3, 2e-3, 16e-3, 4e-3)], seeds=2, **fixed)
 
 
 DEEP = dict(teacher="wrn40_2", student="wrn16_1")  # the pair of published methods; on a GPU
