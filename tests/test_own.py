@@ -148,7 +148,15 @@ def test_stopped_it_says_how_to_go_on(home, tmp_path):
     assert (tmp_path / "run/transfer.safetensors").stat().st_mtime_ns == made and (tmp_path / "run/report.html").exists()
 
 
-def test_an_interrupt_is_one_where_compiled_code_made_another_error_of_it(capsys):
+@pytest.fixture
+def interruptible():
+    "Ctrl-C as a terminal has it; a shell in the background has its children ignore it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_one_where_compiled_code_made_another_error_of_it(interruptible, capsys):
     "TorchScript passes an interrupt of the Python that it calls on as an error without words."
     with pytest.raises(Exit) as left, exit_with(1):
         try: signal.raise_signal(signal.SIGINT)
