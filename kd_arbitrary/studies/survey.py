@@ -8,7 +8,6 @@ __all__ = ['WAYS', 'NETWORKS', 'NAMES', 'MARKS', 'TINTS', 'DASHES', 'named', 're
            'survey_figure', 'planned_text']
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-imports
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-imports-core
-from ..pictures.sources import COLOURED
+from ..pictures.sources import COLOURED, parse_source
 from .effects import Effect, lead_over
 from .figures import COLOURS, GREEN, INK, RED, STYLE, figure
 from .grids import EVERYTHING, GRIDS, TINY
@@ -37,12 +36,17 @@ NAMES = {COLOURED: "programs, leaves, objects, spectra", EVERYTHING: "ten kinds 
 
 
 def named(
-    source: str,  # as it stands in a configuration
+    source: str,  # as it stands in a configuration, or another text
 ) -> str:
     "What a source is called on a page; a mixture in equal shares is called as one without weights."
-    parts = re.findall(r"([\d.]+)\*(\w+)", source)
-    if len({weight for weight, _ in parts}) == 1: source = "+".join(name for _, name in parts)
+    try: parts = parse_source(source)
+    except ValueError: parts = []
+    even = len({weight for weight, *_ in parts}) == 1 and not any(given or more for *_, given, more in parts)
+    if even: source = "+".join(name for _, name, *_ in parts)
     return NAMES.get(source, source.replace("_", " "))
+
+
+def _last(record: dict) -> dict: return (record.get("history") or [{}])[-1]
 
 
 def read_survey(
@@ -50,8 +54,8 @@ def read_survey(
     results: Path,  # the folder with a folder of records a grid
 ) -> tuple[pd.DataFrame, dict[str, dict]]:  # of `grid_frame`; records by key
     """Every run of a grid, with `given` (the target itself teaches), `kind`, `text` (the source as configured),
-    `source` (its name, and how it is seen), `pair` (teacher → student) and `minutes` (of processor time where that
-    was taken)."""
+    `source` (its name, and how it is seen), `pair` (teacher → student), `minutes` (of processor time where that was
+    taken) and `held` (share of held-out images of which the student says in the end what the teacher says)."""
     records = {r["key"]: r for r in read_records(Path(results) / grid)}
     f = grid_frame(GRIDS[grid](), records.values())
     given, asked = f.source.isin(GIVEN), f.relabel.astype(bool)
@@ -59,7 +63,8 @@ def read_survey(
     note = note + np.where(asked & ~given & (~asked & ~given).any(), ", every view asked about", "")
     f = f.assign(given=given, kind=f.kind.where(~given, "reference"), text=f.source,
                  source=f.source.map(named) + note, minutes=f.cpu.astype(float).fillna(f.seconds) / 60,
-                 pair=f.teacher.map(NETWORKS) + " → " + f.student.map(NETWORKS))
+                 pair=f.teacher.map(NETWORKS) + " → " + f.student.map(NETWORKS),
+                 held=[_last(records.get(key, {})).get("agreement") for key in f.key])
     return f, records
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-table
@@ -145,21 +150,19 @@ def bounds_text(
     text += f", {accuracy_text(labelled)} by their labels"
     if labelled.accuracy.mean() <= told.accuracy.mean(): return text + "."
     return text + (": better images alone would not close the gap. The two lessons differ in optimiser and rate, loss, "
-                   "views and what is held out; which of these costs the points is not tested.")
+                   "views and what is held out; these runs do not tell which of these costs the points.")
 
 
 def noise_text(
     f: pd.DataFrame,  # finished runs of `read_survey`, one pair of networks
-    records: Mapping[str, dict],  # theirs, by key
 ) -> str | None:  # None where no such run is there
     "What noise teaches that was seen with the statistics of the batch, and how much of it is learned."
     rows = f[(f.text == "gaussian") & (f.teacher_bn == "batch") & (f.balance == "none") & ~f.relabel.astype(bool)]
     if not len(rows): return None
-    held = np.mean([records[k]["history"][-1]["agreement"] for k in rows.key])
     return (f"Noise, seen with the statistics of the batch, has an entropy of {rows.entropy.mean():.2f} and teaches "
             f"{accuracy_text(rows)}: of noise held out from it, the student says what the teacher says in "
-            f"{100 * held:.0f} %. It may be that an answer depends there on the other images of the batch, and that "
-            "with cached views the student sees others; this is not tested.")
+            f"{100 * rows.held.mean():.0f} %. It may be that an answer depends there on the other images of the "
+            "batch, and that with cached views the student sees others; this is not tested.")
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-figure
 MARKS, TINTS = dict(none="o", repeat="s", fill="D", impress="P"), COLOURS | dict(impress=GREEN)
@@ -184,8 +187,7 @@ def _way_marks(
 
 @mpl.rc_context(STYLE)
 def survey_figure(
-    f: pd.DataFrame,  # finished runs of `read_survey`
-    teacher: float,  # its accuracy, in [0, 1]
+    f: pd.DataFrame,  # finished runs of `read_survey`, one teacher
     published: Mapping[str, float] = {},  # name -> percent
     target: str = "CIFAR-10",  # whose test images
 ) -> Figure:
@@ -194,7 +196,7 @@ def survey_figure(
     order = list(rows.groupby("source").accuracy.max().sort_values().index)
     fig, (ax,) = figure(7.2, 1.6 + 0.3 * len(order), grid="x")
     _way_marks(ax, rows, order)
-    at = {"teacher": 100 * teacher}
+    at = {"teacher": 100 * f.teacher_accuracy.iloc[0]}
     at |= {named(s): 100 * f[f.text == s].accuracy.mean() for s in GIVEN if (f.text == s).any()}
     for (name, x), dash in zip(at.items(), DASHES):
         ax.axvline(x, color=INK, linewidth=0.9, linestyle=dash, label=f"{name} {x:.1f} %")
