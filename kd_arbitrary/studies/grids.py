@@ -424,9 +424,11 @@ def photos_asked() -> list[Run]:
 @grid
 def photos_best() -> list[Run]:
     """CIFAR-10, AlexNet to its half, 50,000 coloured programs: filled with a third impressions, filled with twice the
-    steps, and as drawn and filled for students that begin with the teacher's weights."""
+    steps, and as drawn and filled for students that begin with the teacher's weights; unrelated photographs, filled
+    with a third impressions."""
     inherited = [dict(balance=b, init="teacher") for b in ("fill", "none")]
-    return _photos([IMPRESSED, dict(balance="fill", updates=22_320), *inherited], source=COLOURED)
+    drawn = [IMPRESSED, dict(balance="fill", updates=22_320), *inherited]
+    return _photos([*drawn, IMPRESSED | FIRST[1]], source=COLOURED)
 
 
 NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train, and teach for thirty passes
