@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'NETWORKS', 'NAMES', 'MARKS', 'TINTS', 'DASHES', 'named', 'read_survey', 'accuracy_text', 'survey_table',
-           'lead_of', 'gain_text', 'gains_text', 'best_text', 'machines_text', 'bounds_text', 'noise_text',
-           'survey_figure', 'planned_text']
+           'lead_of', 'gain_text', 'gains_text', 'best_text', 'machines_text', 'rates_table', 'bounds_text',
+           'noise_text', 'survey_figure', 'planned_text']
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-imports
 from collections.abc import Mapping
@@ -137,6 +137,19 @@ def machines_text(
     if there and card.isna().any(): there.append("the others on processors")
     return ", ".join(there) or "all on processors"
 
+
+# %% ../../nbs/studies/16_survey.ipynb #survey-rates
+def rates_table(
+    f: pd.DataFrame,  # finished runs of `read_survey`, one pair of networks
+) -> str | None:  # Markdown; None where no cell has two rates
+    "Cells that were run at several peak rates: accuracy at each, and what the highest gains over the lowest."
+    rows = {}
+    for (source, way), cell in f[f.text != "labels"].groupby(["source", "balance"], sort=False):
+        at = {lr: accuracy_text(g) for lr, g in cell.groupby("lr")}
+        if len(at) < 2: continue
+        gained = gain_text(cell.assign(balance=cell.lr), max(at), min(at)) or "no seed in common"
+        rows[source, WAYS[way]] = {f"peak rate {lr:g}": text for lr, text in at.items()} | {"gained": gained}
+    return markdown(pd.DataFrame(rows).T.fillna("").rename_axis(["source", "set"])) if rows else None
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-bounds
 def bounds_text(
