@@ -308,7 +308,7 @@ def _from_benchmark(
     with exit_with(1, asked.debug), ranks(asked.device) as together:
         if together.first: claim(out, asdict(run))
         tell = (lambda line: None) if asked.quiet else _say
-        records = compare(runs, out, asked.root, asked.device, not asked.quiet, together, tell)
+        records = compare(runs, out, asked.root, asked.device, not asked.quiet, together, tell, asked.said)
         if together.first: _tell(records, out, asked.as_json)
 
 # %% ../nbs/05_cli.ipynb #cli-main

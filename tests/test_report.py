@@ -49,6 +49,7 @@ def test_kd_report(root, tmp_path):
         done = report(tmp_path / what, "--out", tmp_path / "other/page.html")
         assert (done.exit_code, done.stdout) == (0, f"{tmp_path}/other/page.html\n") and (what == "run") == ((tmp_path / "other/page.html").read_text() == page)
     told = json.loads(report(tmp_path / "run", "--json").stdout)
+    assert f"--root {root}" in told["command"]                                                   # where the teacher was found
     assert set(told["runs"]) == {"unbalanced", "balanced", "original"} and sum(told["runs"]["balanced"]["heldout"]["asked"]) == 10
     (tmp_path / "run/balanced/student.safetensors").unlink()                                      # what is gone is left out
     assert report(tmp_path / "run/balanced").exit_code == 0

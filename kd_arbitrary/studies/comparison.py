@@ -23,7 +23,7 @@ from ..pictures.views import usual_views
 from .execution import execute, locked
 from .own import usual_rate
 from .records import find_record, write_record
-from .report import write_report
+from .report import kept_options, write_report
 from .runs import GIVEN, SIZES, Run, looped, updates
 from ..teachers.networks import MODELS, make_model
 from ..teachers.recipes import RECIPES, rate_of_labels
@@ -104,9 +104,10 @@ def compare(
     show: bool,  # progress
     together: Alone = ALONE,  # the processes that do it together
     tell: Callable[[str], None] = lambda line: None,  # is told what is begun
+    said: dict | None = None,  # options that are no settings, for the report to repeat, as for `execute_job`
 ) -> dict[str, dict]:  # folder name to record
     "Do what is not done yet."
-    records, page = {}, out / "report.html"
+    records, page, kept = {}, out / "report.html", dict(said=kept_options(dict(root=root) | (said or {})))
     with locked(out, together):
         for name, run in runs.items():
             run = run(records) if callable(run) else run
@@ -114,7 +115,7 @@ def compare(
                 many = f"{run.n:,} images of " if run.n else ""
                 tell(f"{name}: {run.student} from {many}{run.source}, {updates(run):,} steps")
                 record = execute(run, root=root, out=out / name, device=device, show=show, ranks=together)
-                if together.first: write_record(out / name, record)
+                if together.first: write_record(out / name, record | kept)
                 if together.first: page.unlink(missing_ok=True)
             together.wait()
             records[name] = find_record(out / name, run)

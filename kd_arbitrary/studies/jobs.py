@@ -24,7 +24,7 @@ from ..students.distill import Distilled, distill
 from ..students.evaluate import agreement, evaluate, machine, peak_memory_mb, versions
 from ..students.export import export_student, load_student, make_student, save_student, whole_spec
 from .own import IMAGES, Job, check_priced, job_teacher, settle, usual_rate
-from .report import write_report
+from .report import kept_options, write_report
 from .facts import Record
 from .execution import ELSEWHERE, claim, code_version, now, thinned
 from .runs import looped
@@ -70,7 +70,7 @@ def execute_job(
         taught = _taught(job, teacher, student, ts, out, device, show, ranks)
         record, student = _told(job, teacher, source, ts, taught, time.perf_counter() - start), taught.student.cpu()
         said = dict(ledger=ledger, root=root, strict=strict, n=wanted if wanted != job.n else None) | (said or {})
-        record |= _before(out, record) | dict(said=_plain(said))
+        record |= _before(out, record) | dict(said=kept_options(said))
         if ranks.first: _keep(out, record, student, code)
     if tested: record["test"] = dict(folder=str(test)) | _evaluated(student, tested, teacher)
     if ranks.first: _files(out, record, student, export)
@@ -78,14 +78,6 @@ def execute_job(
 
 
 EXPORTS = dict(onnx="pt2", pt2="onnx")  # kind of export -> the other one
-
-
-def _plain(
-    said: dict,  # options
-) -> dict:  # of JSON
-    "What was said, without what was not."
-    text = lambda v: [str(x) for x in v] if isinstance(v, (list, tuple)) else str(v) if isinstance(v, Path) else v
-    return {k: text(v) for k, v in said.items() if v}
 
 
 def _read(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONLY_PYTHON', 'IN_PYTHON', 'LOOKED_AT', 'BEFORE', 'TIME', 'IMAGES', 'WIDE', 'NAMES', 'PAGE', 'Told', 'find_runs',
-           'command_of', 'heldout_agreement', 'html_agreement', 'report_data', 'render', 'write_report']
+           'kept_options', 'command_of', 'heldout_agreement', 'html_agreement', 'report_data', 'render', 'write_report']
 
 # %% ../../nbs/studies/13_report.ipynb #report-imports
 import json
@@ -115,6 +115,14 @@ def _word(
     if name == "plugin": return [word for path in value for word in (option, path)]
     if name == "classes" and not isinstance(value, int): return [option, json.dumps(value, ensure_ascii=False)]
     return [option, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
+
+
+def kept_options(
+    said: dict,  # option to what was said, to paths too; None where nothing was
+) -> dict:  # plain JSON
+    "Options that are no settings, as a record keeps them: without those that were not said."
+    text = lambda v: [str(x) for x in v] if isinstance(v, (list, tuple)) else str(v) if isinstance(v, Path) else v
+    return {k: text(v) for k, v in said.items() if v}
 
 
 def command_of(
@@ -234,7 +242,7 @@ def _command(
         return command_of(told.settings, path, **more)
     if "" not in runs and begun.exists():
         few = runs["few-unbalanced"].settings["n"] if "few-unbalanced" in runs else None
-        return command_of(json.loads(begun.read_text()), path, few=few)
+        return command_of(json.loads(begun.read_text()), path, few=few, **told.record.get("said", {}))
     return _in_python(Run, told.settings, path if path.is_dir() else path.stem)
 
 
