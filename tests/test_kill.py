@@ -12,6 +12,7 @@ from kd_arbitrary.students import adversarial
 from kd_arbitrary.studies.records import find_record, load_record, run_grid, write_record
 from kd_arbitrary.studies.execution import execute
 from kd_arbitrary.studies.runs import Run
+from kd_arbitrary.transfer import collect
 from processes import Job
 
 RUN = Run(target="digits", source="0.5*strokes + 0.5*pyramid", n=260, epochs=4, batch_size=64)
@@ -24,6 +25,7 @@ def job(folder: Path, whole_grid: bool = False) -> None:
     "What is started again and again: train a teacher, make a transfer set, teach a student, write the record."
     torch.set_num_threads(1)
     recipes.RECIPES["digits"]["epochs"], training.SAVE_EVERY = 2, 0          # a checkpoint after each epoch, however short
+    collect.WORTH = 0                                                       # and a file for each block of nudges
     if whole_grid: return run_grid([RUN], folder / "grid", root=folder / "root", show=False) and None
     out = folder / "out"
     if find_record(out, RUN) is None: write_record(out, execute(RUN, root=folder / "root", out=out, show=False))

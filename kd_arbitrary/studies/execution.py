@@ -40,7 +40,7 @@ from ..teachers.recipes import save_model, train_teacher
 from ..teachers.targets import Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
-from ..transfer.balance import STRATEGIES, balance
+from ..transfer.balance import STRATEGIES, balance, read_made
 from ..transfer.sets import TransferSet, diagnose, label
 
 # %% ../../nbs/studies/03_execution.ipynb #experiment-claim
@@ -115,7 +115,7 @@ def _transfer_set(
     if run.bfloat16 and (freezable(teacher) or run.balance in STRATEGIES.where(nudges=True)):
         options["bfloat16"] = wanted["bfloat16"] = True
     if path and path.exists():
-        ts = TransferSet.load(path)
+        ts = read_made(path)
         same_run(path, ts.info.get("run", {}), wanted)
         return ts
     return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted),

@@ -31,7 +31,7 @@ from .runs import looped
 from ..teachers.networks import count_parameters
 from ..teachers.teacher import Teacher
 from ..teachers.training import predict, same_run
-from ..transfer.balance import balance
+from ..transfer.balance import balance, read_made
 from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/14_jobs.ipynb #job-do
@@ -171,7 +171,7 @@ def _set(
     wanted = (dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint,
                    pictures=source.contents) | {k: getattr(job, k) for k in fields})
     if path.exists():
-        ts = TransferSet.load(path)
+        ts = read_made(path)
         same_run(path, dict(pictures=wanted["pictures"]) | ts.info.get("job", {}), wanted, ELSEWHERE)
         return ts
     return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUDGED', 'STRATEGIES', 'Balancing', 'Work', 'as_drawn', 'quota', 'repeat', 'reweight', 'fill', 'impressions',
-           'memory_needed', 'check_impressed', 'balance']
+           'memory_needed', 'check_impressed', 'read_made', 'balance']
 
 # %% ../../nbs/transfer/05_balance.ipynb #balance-imports
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ..pictures.sources import Source
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import ASKED, footprint
-from .collect import DRAWN, Pool, collect
+from .collect import DRAWN, Blocks, Pool, collect
 from .push import impress, push, usual_smooth
 from .quotas import FillReport, quotas
 from .sets import TransferSet, make_set
@@ -89,13 +90,17 @@ def _changed(
     teacher: Teacher,  # white box
     smooth: float,  # as for `push`
     bfloat16: bool,  # as for `push`
+    blocks: Blocks,  # those that were made before
     task: tuple,  # ([b] positions in the pool, [b] classes to reach, [b] leads to reach them by, seed or None)
 ) -> tuple[Tensor, Tensor]:  # images, scores
     "A block of nudges, or with a seed of impressions."
     i, to, lead, seed = task
-    if seed is None: images = push(pool[i], to, lead, teacher, smooth=smooth, bfloat16=bfloat16)
-    else: images = impress(pool[i], to, teacher, seed=seed, bfloat16=bfloat16)
-    return images, teacher(images)
+    first = pool[i]
+    def make():
+        if seed is None: images = push(first, to, lead, teacher, smooth=smooth, bfloat16=bfloat16)
+        else: images = impress(first, to, teacher, seed=seed, bfloat16=bfloat16)
+        return images, teacher(images)
+    return blocks.take(make, f"{smooth if seed is None else seed} {bfloat16} {teacher.bn}", first, to, lead)
 
 
 def _fill(
@@ -103,6 +108,7 @@ def _fill(
     spare: Pool,  # the surplus
     short: Tensor,  # [K] images still missing per class
     teacher: Teacher,  # white box
+    blocks: Blocks,  # that are kept meanwhile
     seed: int,  # of who is sent where
     show: bool,  # a progress bar
     rounds: int = 8,  # attempts; from the third on they are sharp, for classes that no smooth step reaches
@@ -124,7 +130,7 @@ def _fill(
         start = torch.randperm(max(len(goals), len(pool)), generator=g)[: len(goals)] % len(pool)
         gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
         tasks = zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED), _seeds(g, lasting))
-        change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16)
+        change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16, blocks)
         for (i, to, *_), (images, scores) in ranks.each(change, tasks):
             right = (scores.argmax(1) == to) & pool.fresh(i, to)
             kept.add(images[right], scores[right], pool.origin[i][right])
@@ -178,6 +184,7 @@ class Work:
     short: Tensor | None = None  # [K] still missing
     perturbed: Tensor | None = None  # [K] nudged into the class
     repeated: Tensor | None = None  # [K] copies
+    blocks: Blocks | None = None  # changed images, kept until the set is whole
     order: Tensor | None = None  # [n] positions of the images in `kept`; None: as they are
     weights: Tensor | None = None  # [n] sampling probabilities
     making: dict = field(default_factory=dict)  # queries, gradients and seconds that generated images cost
@@ -211,8 +218,8 @@ def _nudged(
     how = work.settings
     smooth = usual_smooth(work.source.shape) if how.smooth is None else how.smooth
     if how.bfloat16: work.teacher.module.to(memory_format=torch.channels_last)
-    left = _fill(work.kept, work.spare, work.short, work.teacher, how.seed, work.show, smooth=smooth, lasting=lasting,
-                 bfloat16=how.bfloat16, ranks=work.ranks)
+    left = _fill(work.kept, work.spare, work.short, work.teacher, work.blocks, how.seed, work.show, smooth=smooth,
+                 lasting=lasting, bfloat16=how.bfloat16, ranks=work.ranks)
     work.perturbed, work.short = work.short - left, left
 
 
@@ -345,6 +352,21 @@ def _refuse(
                          "lower n, mix it with an endless source, or use 'repeat' or 'fill'")
 
 # %% ../../nbs/transfer/05_balance.ipynb #balance-balance
+def _blocks(
+    path: str | Path,  # file of a set
+) -> Path:  # a folder beside it
+    "Where blocks of changed images are until the set is whole."
+    return Path(path).with_suffix(".blocks")
+
+
+def read_made(
+    path: str | Path,  # file that `balance` wrote
+) -> TransferSet:  # memory-mapped
+    "A set that is whole; the blocks it was made of are removed, also where a kill left them."
+    shutil.rmtree(_blocks(path), ignore_errors=True)
+    return TransferSet.load(path)
+
+
 @takes(Balancing)
 def balance(
     source: Source,  # where images come from
@@ -372,10 +394,12 @@ def balance(
     work.making = source.made()
     start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
+        work.blocks = Blocks(path and _blocks(path), work.teacher)
         _drawn(work)
         complete(work)
     _empty_classes(work)
     queries, gradients = ranks.count(teacher.queries - asked), ranks.count(teacher.gradients - stepped)
+    start, spent = start - work.blocks.seconds, spent - work.blocks.cpu
     report = _report(work, time.perf_counter() - start, queries, gradients, time.process_time() - spent)
     return _finished(work, report, note or {}, path), report
 
@@ -427,7 +451,7 @@ def _finished(
     if path:
         if work.ranks.first: ts.save(path, order)
         work.ranks.wait()
-        return TransferSet.load(path)
+        return read_made(path)
     return ts if order is None else ts.select(order)
 
 
