@@ -85,8 +85,19 @@ def accuracy_bars(
     _name_kinds(ax, rank)
     ax.set(xlabel=f"{value} on the target's test set", ylabel="", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", title=hue)
+    _legend(fig, ax, hue)
     return fig
+
+
+def _legend(
+    fig: Figure,
+    ax: Axes,  # whose marks it explains
+    title: str,  # what the colours tell apart
+) -> None:
+    "A legend at the right, in the words of the tables."
+    marks, names = ax.get_legend_handles_labels()
+    fig.legend(marks, ["as drawn" if name == "none" else name for name in names], loc="outside right center",
+               title=title)
 
 
 def _bars_with_dots(
@@ -152,7 +163,7 @@ def budget_curves(
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes[0].set_ylabel("test accuracy")
     fig.supxlabel(BUDGETS[x] + " (logarithmic)", fontsize=8)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title=hue)
+    _legend(fig, axes[0], hue)
     return fig
 
 
@@ -229,5 +240,5 @@ def predictor_scatter(
     ax.set(title=f"Spearman's \u03c1 = {spearman(points[x], points[value]):.2f} over {len(points)} configurations",
            xlabel=PREDICTORS.get(x, x), ylabel=f"{value} on the target's test set")
     ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", title=hue)
+    _legend(fig, ax, hue)
     return fig
