@@ -133,8 +133,10 @@ def impressed_text(
 def best_text(
     rows: pd.DataFrame,  # finished runs
 ) -> str:
-    "The best cell, as bold text, and among how many."
-    cells = rows.groupby(["source", "balance"], sort=False)
+    "The best of the cells that have most runs, as bold text, and among how many."
+    cells = [(cell, g) for cell, g in rows.groupby(["source", "balance"], sort=False)]
+    most = max(len(g) for _, g in cells)
+    cells = [(cell, g) for cell, g in cells if len(g) == most]
     (source, way), cell = max(cells, key=lambda g: g[1].accuracy.mean())
     among = f" (the best of {len(cells)} cells)" if len(cells) > 1 else ""
     return f"{accuracy_text(cell)}**, from {source}, {WAYS[way]}{among}"
