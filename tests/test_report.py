@@ -51,6 +51,7 @@ def test_kd_report(root, tmp_path):
     told = json.loads(report(tmp_path / "run", "--json").stdout)
     assert f"--root {root}" in told["command"]                                                   # where the teacher was found
     assert set(told["runs"]) == {"unbalanced", "balanced", "original"} and sum(told["runs"]["balanced"]["heldout"]["asked"]) == 10
+    assert f'root="{root}"' in json.loads(report(tmp_path / "run/balanced", "--json").stdout)["command"].replace("\\", "")
     (tmp_path / "run/balanced/student.safetensors").unlink()                                      # what is gone is left out
     assert report(tmp_path / "run/balanced").exit_code == 0
     for what, says in (("none", "does not exist"), ("other", "neither job.json nor a record")):

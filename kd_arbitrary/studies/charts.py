@@ -96,8 +96,8 @@ def _legend(
 ) -> None:
     "A legend at the right, in the words of the tables."
     marks, names = ax.get_legend_handles_labels()
-    fig.legend(marks, ["as drawn" if name == "none" else name for name in names], loc="outside right center",
-               title=title)
+    names = ["as drawn" if (title, name) == ("balance", "none") else name for name in names]
+    fig.legend(marks, names, loc="outside right center", title=title)
 
 
 def _bars_with_dots(

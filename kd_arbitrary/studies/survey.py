@@ -154,7 +154,7 @@ def machines_text(
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-rates
 def rates_table(
-    f: pd.DataFrame,  # finished runs of `read_survey`, one pair of networks
+    f: pd.DataFrame,  # finished runs of `read_survey`, one target and one pair of networks
 ) -> str | None:  # Markdown; None where no cell has two rates
     "Cells that were run at several peak rates: accuracy at each, and what the highest gains over the lowest."
     rows = {}

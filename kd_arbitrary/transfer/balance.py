@@ -356,15 +356,16 @@ def _blocks(
     path: str | Path,  # file of a set
 ) -> Path:  # a folder beside it
     "Where blocks of changed images are until the set is whole."
-    return Path(path).with_suffix(".blocks")
+    return Path(path).with_name(Path(path).name.removesuffix(".safetensors") + ".blocks")
 
 
 def read_made(
     path: str | Path,  # file that `balance` wrote
 ) -> TransferSet:  # memory-mapped
     "A set that is whole; the blocks it was made of are removed, also where a kill left them."
+    ts = TransferSet.load(path)
     shutil.rmtree(_blocks(path), ignore_errors=True)
-    return TransferSet.load(path)
+    return ts
 
 
 @takes(Balancing)
@@ -379,7 +380,8 @@ def balance(
     note: dict | None = None,  # what else its `info` should say
     # file the set goes to as it is made, for sets larger than the memory; None: in memory
     path: str | Path | None = None,
-    ranks: Alone = ALONE,  # the processes that make it together; each has the set, the first writes it
+    # the processes that make it together; each has the set and keeps its own blocks, the first writes the set
+    ranks: Alone = ALONE,
 ) -> tuple[TransferSet, FillReport]:  # memory-mapped from its file, where there is one
     "A transfer set of n images, balanced over the teacher's predicted classes, and the report of how."
     complete = STRATEGIES.pick(strategy)
@@ -394,7 +396,7 @@ def balance(
     work.making = source.made()
     start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
-        work.blocks = Blocks(path and _blocks(path), work.teacher)
+        work.blocks = Blocks(_blocks(path) if path else None, work.teacher)
         _drawn(work)
         complete(work)
     _empty_classes(work)
@@ -449,10 +451,23 @@ def _finished(
     if work.making: info["making"] = work.making
     ts = make_set(*work.kept.rows(), work.teacher, work.weights, **info)
     if path:
-        if work.ranks.first: ts.save(path, order)
+        if work.ranks.first: _saved(ts, path, order)
         work.ranks.wait()
         return read_made(path)
     return ts if order is None else ts.select(order)
+
+
+def _saved(
+    ts: TransferSet,
+    path: str | Path,  # its file
+    order: Tensor | None,  # as for `TransferSet.save`
+) -> None:
+    "Write a set; where there is no room for it, the blocks it was made of give way."
+    try: return ts.save(path, order) and None
+    except OSError:
+        if not _blocks(path).exists(): raise
+    shutil.rmtree(_blocks(path), ignore_errors=True)
+    ts.save(path, order)
 
 
 def _empty_classes(

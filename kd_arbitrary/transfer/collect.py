@@ -96,11 +96,11 @@ class Blocks:
     ) -> tuple[Tensor, Tensor]:  # images, scores
         "A block, read where it was made before, else made."
         if self.folder is None: return make()
-        text = f"{__version__} {self.who} {note}"
+        text = f"{__version__} {torch.__version__} {self.who} {note}"
         path = self.folder / f"{digest(torch.tensor(list(text.encode())), *given)[:32]}.safetensors"
         if not path.exists(): return self._made(make, path)
         try: tensors, spent = load_tensors(path, "block")
-        except ValueError: return self._made(make, path)  # a damaged file
+        except (ValueError, OSError): return self._made(make, path)  # a damaged file, or none any more
         for name, number in spent.items():
             where = self.teacher if name in ("queries", "gradients") else self
             setattr(where, name, getattr(where, name) + number)
@@ -116,8 +116,20 @@ class Blocks:
         before = count()
         images, scores = make()
         spent = dict(zip(("queries", "gradients", "seconds", "cpu"), (b - a for a, b in zip(before, count()))))
-        if spent["seconds"] >= WORTH: save_tensors(path, dict(images=images, scores=scores), spent, "block")
+        if spent["seconds"] >= WORTH: self._keep(path, dict(images=images, scores=scores), spent)
         return images, scores
+
+    def _keep(
+        self,
+        path: Path,  # its file
+        tensors: dict[str, Tensor],  # of the block
+        spent: dict,  # what it cost
+    ) -> None:
+        "Write a block; where that fails, none from now on, since the set can be made without."
+        try: save_tensors(path, tensors, spent, "block")
+        except OSError as e:
+            warnings.warn(f"{e}. Going on; if this is interrupted, changed images are made again", stacklevel=2)
+            self.folder = None
 
 # %% ../../nbs/transfer/04_collect.ipynb #collect-answered
 def answered(
