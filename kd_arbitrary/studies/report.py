@@ -158,7 +158,7 @@ def _in_python(
     call = "execute" if kind is Run else "execute_job"
     text = lambda v: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else repr(v)
     images = said.pop("source") if str(said.get("source")).startswith("given(") else ""
-    takes = IN_PYTHON if kind is Job else [k for k in IN_PYTHON if k in RUNNING]
+    takes = IN_PYTHON if kind is Job else RUNNING
     further = "".join(f", {k}={text(more[k])}" for k in takes if more.get(k))
     further += ", images=..." if images else ""
     inside = f"{kind.__name__}({', '.join(f'{k}={text(v)}' for k, v in said.items())}), out={text(str(out))}{further}"

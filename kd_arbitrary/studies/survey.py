@@ -90,21 +90,23 @@ def survey_table(
 # %% ../../nbs/studies/16_survey.ipynb #survey-gain
 def lead_of(
     rows: pd.DataFrame,  # finished runs of one source
-    way: str,  # of balancing
-    over: str = "none",  # another way
+    way: str | float,  # of balancing, or another value of `by`
+    over: str | float = "none",  # another one
+    by: str = "balance",  # column in which they differ
 ) -> Effect | None:  # None for fewer than two seeds
     "What a way of balancing gains over another, in points, with its interval over the seeds that both have."
-    return lead_over(rows.assign(contestant=rows.balance), way, over)
+    return lead_over(rows.assign(contestant=rows[by]), way, over)
 
 
 def gain_text(
     rows: pd.DataFrame,  # finished runs of one source
-    way: str,  # of balancing
-    over: str = "none",  # another way
+    way: str | float,  # of balancing, or another value of `by`
+    over: str | float = "none",  # another one
+    by: str = "balance",  # column in which they differ
 ) -> str | None:  # None where no seed was run both ways
     "The gain, its interval if there are two seeds or more, and the number of seeds."
-    if e := lead_of(rows, way, over): return f"{e} points ({e.pairs} seeds)"
-    both = rows.pivot_table(index="seed", columns="balance", values="accuracy").reindex(columns=[way, over]).dropna()
+    if e := lead_of(rows, way, over, by): return f"{e} points ({e.pairs} seeds)"
+    both = rows.pivot_table(index="seed", columns=by, values="accuracy").reindex(columns=[way, over]).dropna()
     return f"{100 * (both[way] - both[over]).mean():+.1f} points (one seed)" if len(both) else None
 
 
@@ -161,7 +163,7 @@ def rates_table(
     for (source, way), cell in f[f.text != "labels"].groupby(["source", "balance"], sort=False):
         at = {lr: accuracy_text(g) for lr, g in cell.groupby("lr")}
         if len(at) < 2: continue
-        gained = gain_text(cell.assign(balance=cell.lr), max(at), min(at)) or "no seed in common"
+        gained = gain_text(cell, max(at), min(at), by="lr") or "no seed in common"
         rows[source, WAYS[way]] = {f"peak rate {lr:g}": text for lr, text in at.items()} | {"gained": gained}
     return markdown(pd.DataFrame(rows).T.fillna("").rename_axis(["source", "set"])) if rows else None
 

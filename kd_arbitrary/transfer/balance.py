@@ -100,7 +100,7 @@ def _changed(
         if seed is None: images = push(first, to, lead, teacher, smooth=smooth, bfloat16=bfloat16)
         else: images = impress(first, to, teacher, seed=seed, bfloat16=bfloat16)
         return images, teacher(images)
-    return blocks.take(make, f"{smooth if seed is None else seed} {bfloat16} {teacher.bn}", first, to, lead)
+    return blocks.take(make, f"{smooth if seed is None else seed} {bfloat16}", first, to, lead)
 
 
 def _fill(

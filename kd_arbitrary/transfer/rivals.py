@@ -31,6 +31,7 @@ from ..pictures.sources import Source, bound, make_source, options, parse_source
 from ..teachers.teacher import Teacher
 from ..teachers.training import footprint
 from .balance import STRATEGIES
+from .collect import priced
 
 # %% ../../nbs/transfer/07_rivals.ipynb #rivals-commission
 @dataclass(frozen=True)
@@ -141,11 +142,7 @@ class Made:
 
     def _paid(self, make: Callable[[], Tensor]) -> Tensor:
         "A batch, its costs added to the price."
-        teacher, start, busy = self.commission.teacher, time.perf_counter(), time.process_time()
-        asked, stepped = teacher.queries, teacher.gradients
-        images = to_stored(make().detach().cpu(), torch.uint8)
-        spent = dict(queries=teacher.queries - asked, gradients=teacher.gradients - stepped,
-                     seconds=time.perf_counter() - start, cpu=time.process_time() - busy)
+        images, spent = priced(lambda: to_stored(make().detach().cpu(), torch.uint8), self.commission.teacher)
         self._price = {k: self._price[k] + v for k, v in spent.items()}
         return images
 
