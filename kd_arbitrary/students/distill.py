@@ -7,6 +7,7 @@ __all__ = ['cache_views', 'Distilled', 'html_history', 'Lesson', 'check_lesson',
            'recalibrate']
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import fit, predict
 from ..transfer.balance import memory_needed
+from ..transfer.collect import Blocks, blocks_of
 from ..transfer.sets import TransferSet, identities
 
 # %% ../../nbs/students/02_distill.ipynb #distill-cache
@@ -36,6 +38,7 @@ def cache_views(
     batch_size: int = 1024,  # images altered and mixed together
     rows: Tensor | None = None,  # [N] which images of the set; None: all
     ranks: Alone = ALONE,  # the processes that ask
+    blocks: Blocks | None = None,  # that keep the answers meanwhile; None: none are kept
 ) -> tuple[Tensor, Tensor]:  # ([k N, C, H, W] as stored, [k N, K] scores); row v N + i is view v of image i
     "Views of the set's images with what the teacher says of each."
     rows = torch.arange(len(transfer)) if rows is None else rows
@@ -47,7 +50,9 @@ def cache_views(
             for i in torch.arange(len(rows)).split(batch_size):
                 x = apply(to_float(transfer.images[rows[i]].to(teacher.device)), g)
                 yield v * len(rows) + i, to_stored(x, images.dtype).cpu()
-    for (at, y), answer in ranks.each(lambda view: teacher(view[1]), altered()): images[at], scores[at] = y, answer
+    blocks = blocks or Blocks(None, teacher)
+    ask = lambda view: blocks.take(lambda: dict(scores=teacher(view[1])), "views", view[1])["scores"]
+    for (at, y), answer in ranks.each(ask, altered()): images[at], scores[at] = y, answer
     return images, scores
 
 # %% ../../nbs/students/02_distill.ipynb #distill-distill
@@ -63,7 +68,7 @@ class Distilled:
     gradients: int = 0  # of the queries, those with a graph back to the images; where images are made in the loop
     cpu: float = 0.0  # processor seconds of all epochs, likewise
     generator: nn.Module | None = None  # what made the images, where something did
-    making: dict = field(default_factory=dict)  # seconds and cpu of cached views and their answers, the last time
+    making: dict = field(default_factory=dict)  # seconds and cpu of cached views and their answers, as if in one go
 
     def _repr_html_(self):
         size = sum(p.numel() for p in self.student.parameters())
@@ -215,6 +220,7 @@ def _material(
     settings: Lesson,  # how
     relabel: bool,  # ask the teacher in the loop
     device: str,  # of the images
+    blocks: Blocks,  # answers to cached views that were there before
     ranks: Alone,  # the processes that teach together
 ) -> _Class:
     "Hold out a share, and make and label the cached views, if there are any."
@@ -225,8 +231,10 @@ def _material(
     making, clock = {}, lambda: dict(seconds=time.perf_counter(), cpu=time.process_time())
     if views and not relabel:
         copies, start = settings.cached_views, clock()
-        images, scores = cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows, ranks=ranks)
-        rows, making = torch.arange(len(rows)), {k: now - start[k] for k, now in clock().items()}
+        images, scores = cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows, ranks=ranks,
+                                     blocks=blocks)
+        rows = torch.arange(len(rows))
+        making = {k: now - start[k] + getattr(blocks, k) for k, now in clock().items()}
     return _Class(teacher, transfer, held, images.to(device), scores.to(device), rows, copies, views, relabel,
                   LOSSES[settings.loss], settings.temperature, device, weights, teacher.queries,
                   ranks.count(teacher.queries - before), making, ranks)
@@ -254,7 +262,8 @@ def distill(
                          "make it with as many")
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
     with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
-        taught = _material(asked, transfer, settings, relabel, device, ranks)
+        folder = blocks_of(checkpoint) if checkpoint and teacher.module is not None else None
+        taught = _material(asked, transfer, settings, relabel, device, Blocks(folder, asked), ranks)
         # as `fit` does with the student
         if settings.bfloat16 and teacher.module is not None: asked.module.to(memory_format=torch.channels_last)
         config = ({} if checkpoint is None
@@ -262,6 +271,7 @@ def distill(
         run = fit(student, taught.loss_of, len(taught.rows), weights=taught.weights, measure=taught.measure,
                   checkpoint=checkpoint, config=config, device=device, desc="distilling", show=show, ranks=ranks,
                   **{k: getattr(settings, k) for k in ("epochs", "batch_size", "lr", "seed", "bfloat16")})
+    if folder and ranks.first: shutil.rmtree(folder, ignore_errors=True)
     total = lambda what: sum(entry[what] for entry in run.history)
     spent = sum(entry.get("cpu", 0.0) for entry in run.history)
     return Distilled(student.eval(), run.history, run.best, run.updates, taught.cached + total("queries"),

@@ -27,7 +27,7 @@ from ..pictures.sources import Source
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import ASKED, footprint
-from .collect import DRAWN, Blocks, Pool, collect
+from .collect import DRAWN, Blocks, Pool, blocks_of, collect
 from .push import impress, push, usual_smooth
 from .quotas import FillReport, quotas
 from .sets import TransferSet, make_set
@@ -99,8 +99,9 @@ def _changed(
     def make():
         if seed is None: images = push(first, to, lead, teacher, smooth=smooth, bfloat16=bfloat16)
         else: images = impress(first, to, teacher, seed=seed, bfloat16=bfloat16)
-        return images, teacher(images)
-    return blocks.take(make, f"{smooth if seed is None else seed} {bfloat16}", first, to, lead)
+        return dict(images=images, scores=teacher(images))
+    block = blocks.take(make, f"{smooth if seed is None else seed} {bfloat16}", first, to, lead)
+    return block["images"], block["scores"]
 
 
 def _fill(
@@ -352,19 +353,12 @@ def _refuse(
                          "lower n, mix it with an endless source, or use 'repeat' or 'fill'")
 
 # %% ../../nbs/transfer/05_balance.ipynb #balance-balance
-def _blocks(
-    path: str | Path,  # file of a set
-) -> Path:  # a folder beside it
-    "Where blocks of changed images are until the set is whole."
-    return Path(path).with_name(Path(path).name.removesuffix(".safetensors") + ".blocks")
-
-
 def read_made(
     path: str | Path,  # file that `balance` wrote
 ) -> TransferSet:  # memory-mapped
     "A set that is whole; the blocks it was made of are removed, also where a kill left them."
     ts = TransferSet.load(path)
-    shutil.rmtree(_blocks(path), ignore_errors=True)
+    shutil.rmtree(blocks_of(path), ignore_errors=True)
     return ts
 
 
@@ -396,7 +390,7 @@ def balance(
     work.making = source.made()
     start, spent, asked, stepped = time.perf_counter(), time.process_time(), teacher.queries, teacher.gradients
     with quick(teacher, settings.bfloat16) as work.teacher:
-        work.blocks = Blocks(_blocks(path) if path else None, work.teacher)
+        work.blocks = Blocks(blocks_of(path) if path else None, work.teacher)
         _drawn(work)
         complete(work)
     _empty_classes(work)
@@ -465,8 +459,8 @@ def _saved(
     "Write a set; where there is no room for it, the blocks it was made of give way."
     try: return ts.save(path, order) and None
     except OSError:
-        if not _blocks(path).exists(): raise
-    shutil.rmtree(_blocks(path), ignore_errors=True)
+        if not blocks_of(path).exists(): raise
+    shutil.rmtree(blocks_of(path), ignore_errors=True)
     ts.save(path, order)
 
 
