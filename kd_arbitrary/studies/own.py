@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import fx, nn
 
 # %% ../../nbs/studies/12_own.ipynb #own-imports-core
 from ..core import option
@@ -21,6 +21,7 @@ from ..students.distill import Lesson, check_lesson
 from ..students.losses import LOSSES
 from ..teachers.adapters import QUESTION, load_teacher
 from ..teachers.black_box import walled
+from ..teachers.frozen import traced
 from ..teachers.specs import Found, _architecture
 from ..teachers.teacher import Teacher
 from ..transfer.balance import STRATEGIES, Balancing
@@ -192,7 +193,18 @@ def _affordable(
 # %% ../../nbs/studies/12_own.ipynb #own-rate
 FASTEST, SLOWEST = 1e-2, 1e-3  # peak learning rates
 INPUTS = 172  # of the average weight of lenet5_half, which learns the fastest
-NORMED = 2.5  # times the rate, behind batch norm
+NORMED = 2.5  # times the rate, where batch norm stands right behind weights
+
+
+def _normed(
+    student: nn.Module,
+) -> bool:  # False also where the network cannot be traced
+    "Whether batch norm stands right behind weights, so that their size makes no difference."
+    net = traced(student)
+    if net is None: return False
+    layer = lambda n: student.get_submodule(n.target) if isinstance(n, fx.Node) and n.op == "call_module" else None
+    return any(isinstance(layer(n), nn.modules.batchnorm._BatchNorm)
+               and isinstance(layer(n.args[0]), (nn.modules.conv._ConvNd, nn.Linear)) for n in net.graph.nodes)
 
 
 def usual_rate(
@@ -203,9 +215,8 @@ def usual_rate(
     sizes = [(w.numel(), w[0].numel()) for w in student.parameters() if w.ndim > 1]
     if not sizes: return FASTEST
     inputs = sum(n * m for n, m in sizes) / sum(n for n, _ in sizes)
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
     rate = min(FASTEST, max(SLOWEST, FASTEST * math.sqrt(INPUTS / inputs)))
-    return float(f"{rate * NORMED if normed else rate:.2g}")
+    return float(f"{rate * NORMED if _normed(student) else rate:.2g}")
 
 # %% ../../nbs/studies/12_own.ipynb #own-teacher
 def job_teacher(
