@@ -204,7 +204,8 @@ def _normed(
     if net is None: return False
     layer = lambda n: student.get_submodule(n.target) if isinstance(n, fx.Node) and n.op == "call_module" else None
     return any(isinstance(layer(n), nn.modules.batchnorm._BatchNorm)
-               and isinstance(layer(n.args[0]), (nn.modules.conv._ConvNd, nn.Linear)) for n in net.graph.nodes)
+               and isinstance(layer(n.all_input_nodes[0]), (nn.modules.conv._ConvNd, nn.Linear))
+               for n in net.graph.nodes)
 
 
 def usual_rate(
