@@ -51,7 +51,8 @@ def cache_views(
                 x = apply(to_float(transfer.images[rows[i]].to(teacher.device)), g)
                 yield v * len(rows) + i, to_stored(x, images.dtype).cpu()
     blocks = blocks or Blocks(None, teacher)
-    ask = lambda view: blocks.take(lambda: dict(scores=teacher(view[1])), "views", view[1])["scores"]
+    note = f"views {getattr(teacher.module, 'bfloat16', False)}"  # a frozen teacher has the fingerprint of the original
+    ask = lambda view: blocks.take(lambda: dict(scores=teacher(view[1])), note, view[1])["scores"]
     for (at, y), answer in ranks.each(ask, altered()): images[at], scores[at] = y, answer
     return images, scores
 
