@@ -300,10 +300,11 @@ def one_factor() -> list[Run]:
 @grid
 def rates() -> list[Run]:
     """The digits: students from narrow to wide, three of them with batch norm, at four learning rates or more; cached
-    scores, no views, 210 steps; two rates for a fourth with batch norm, ResNet-18."""
+    scores, no views, 210 steps; three rates for a fourth with batch norm, ResNet-18."""
     cells = [dict(student=s, lr=lr) for s in ("lenet5_half", "lenet5", "wrn16_1", "alexnet_half")
              for lr in (1e-2, 5e-3, 2.5e-3, 1.25e-3)]
-    normed = dict(alexnet_half=(2e-2,), wrn16_1=(4e-2, 2e-2), wrn16_2=(4e-2, 2e-2, 1e-2, 5e-3), resnet18=(1e-2, 2.5e-3))
+    normed = dict(alexnet_half=(2e-2,), wrn16_1=(4e-2, 2e-2), wrn16_2=(4e-2, 2e-2, 1e-2, 5e-3),
+                  resnet18=(1e-2, 5e-3, 2.5e-3))
     cells += [dict(student=s, lr=lr) for s, rates in normed.items() for lr in rates]
     return [Run(target="digits", source=MIXTURE, balance="none", n=2_000, updates=200, batch_size=64, views="none",
                 relabel=False, empty="keep", seed=seed, **cell) for seed in range(3) for cell in cells]
