@@ -175,7 +175,7 @@ def kd_distill(
     temperature: Annotated[float, _said("temperature")] = Run.temperature,
     batch_size: Annotated[int | None, _sized("Images per step", "batch_size")] = None,
     lr: Annotated[float | None, _unsaid("Peak learning rate", f"{FASTEST:g}, less for wide students, more "
-                                           "with batch norm")] = None,
+                                        "with batch norm")] = None,
     teacher: Annotated[str | None,
                        _unsaid("Your own teacher: a file (.safetensors, .onnx, .ts; .pt2 or a pickle with "
                                "--allow-pickle), torchvision:NAME, timm:NAME, hf:NAME, file.py:function, http://...; "

@@ -8,7 +8,6 @@ __all__ = ['cache_views', 'Distilled', 'html_history', 'Lesson', 'check_lesson',
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import fit, predict
 from ..transfer.balance import memory_needed
-from ..transfer.collect import Blocks, blocks_of
+from ..transfer.collect import Blocks, blocks_of, priced
 from ..transfer.sets import TransferSet, identities
 
 # %% ../../nbs/students/02_distill.ipynb #distill-cache
@@ -225,20 +224,20 @@ def _material(
     ranks: Alone,  # the processes that teach together
 ) -> _Class:
     "Hold out a share, and make and label the cached views, if there are any."
-    before = teacher.queries
     held, rows = held_out(transfer, settings.holdout, settings.seed)
     copies, images, scores = 1, transfer.images, transfer.scores
     views, weights = make_views(settings.views), None if transfer.weights is None else transfer.weights[rows]
-    making, clock = {}, lambda: dict(seconds=time.perf_counter(), cpu=time.process_time())
+    spent, making = dict(queries=0), {}
     if views and not relabel:
-        copies, start = settings.cached_views, clock()
-        images, scores = cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows, ranks=ranks,
-                                     blocks=blocks)
+        copies = settings.cached_views
+        ask = lambda: cache_views(transfer, teacher, settings.views, copies, settings.seed, rows=rows, ranks=ranks,
+                                  blocks=blocks)
+        (images, scores), spent = priced(ask, teacher)
+        making = {k: spent[k] + getattr(blocks, k) for k in ("seconds", "cpu")}
         rows = torch.arange(len(rows))
-        making = {k: now - start[k] + getattr(blocks, k) for k, now in clock().items()}
     return _Class(teacher, transfer, held, images.to(device), scores.to(device), rows, copies, views, relabel,
                   LOSSES[settings.loss], settings.temperature, device, weights, teacher.queries,
-                  ranks.count(teacher.queries - before), making, ranks)
+                  ranks.count(spent["queries"]), making, ranks)
 
 
 @takes(Lesson)

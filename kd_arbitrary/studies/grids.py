@@ -305,7 +305,7 @@ def rates() -> list[Run]:
              for lr in (1e-2, 5e-3, 2.5e-3, 1.25e-3)]
     normed = dict(alexnet_half=(2e-2,), wrn16_1=(4e-2, 2e-2), wrn16_2=(4e-2, 2e-2, 1e-2, 5e-3),
                   resnet18=(1e-2, 5e-3, 2.5e-3))
-    cells += [dict(student=s, lr=lr) for s, rates in normed.items() for lr in rates]
+    cells += [dict(student=s, lr=lr) for s, at in normed.items() for lr in at]
     return [Run(target="digits", source=MIXTURE, balance="none", n=2_000, updates=200, batch_size=64, views="none",
                 relabel=False, empty="keep", seed=seed, **cell) for seed in range(3) for cell in cells]
 

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import fx, nn
+from torch import nn
 
 # %% ../../nbs/studies/12_own.ipynb #own-imports-core
 from ..core import option
@@ -21,7 +21,7 @@ from ..students.distill import Lesson, check_lesson
 from ..students.losses import LOSSES
 from ..teachers.adapters import QUESTION, load_teacher
 from ..teachers.black_box import walled
-from ..teachers.frozen import traced
+from ..teachers.frozen import norms_behind, traced
 from ..teachers.specs import Found, _architecture
 from ..teachers.teacher import Teacher
 from ..transfer.balance import STRATEGIES, Balancing
@@ -42,7 +42,7 @@ class Job(Lesson, Balancing):
     n: int | None = option(None, "Images in the transfer set", unsaid="20,000, or all there are")
     balance: str | None = option(None, "How classes are made equally frequent", unsaid="fill; repeat for a black box")
     lr: float | None = option(None, "Peak learning rate",
-                             unsaid="0.01, less for wide students, more with batch norm: see usual_rate")
+                              unsaid="0.01, less for wide students, more with batch norm: see usual_rate")
     student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME",
                                  unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
     views: str | None = option(None, "What happens to images in the loop",
@@ -198,15 +198,12 @@ NORMED = 2.5  # times the rate, where batch norm stands right behind weights
 
 
 def _normed(
-    student: nn.Module,
+    student: nn.Module,  # any
 ) -> bool:  # False also where the network cannot be traced
     "Whether batch norm stands right behind weights, so that their size makes no difference."
     net = traced(student)
-    if net is None: return False
-    layer = lambda n: student.get_submodule(n.target) if isinstance(n, fx.Node) and n.op == "call_module" else None
-    return any(isinstance(layer(n), nn.modules.batchnorm._BatchNorm)
-               and isinstance(layer(n.all_input_nodes[0]), (nn.modules.conv._ConvNd, nn.Linear))
-               for n in net.graph.nodes)
+    return net is not None and any(isinstance(net.get_submodule(layer.target), (nn.modules.conv._ConvNd, nn.Linear))
+                                   for _, layer in norms_behind(net))
 
 
 def usual_rate(
