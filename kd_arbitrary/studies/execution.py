@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +40,7 @@ from ..teachers.recipes import save_model, train_teacher
 from ..teachers.targets import Target, load_target
 from ..teachers.teacher import Teacher
 from ..teachers.training import same_run
-from ..transfer.balance import STRATEGIES, balance, read_made
+from ..transfer.balance import STRATEGIES, Balancing, balance, read_made
 from ..transfer.sets import TransferSet, diagnose, label
 
 # %% ../../nbs/studies/03_execution.ipynb #experiment-claim
@@ -109,7 +109,7 @@ def _transfer_set(
     ranks: Alone,  # the processes that make it
 ) -> TransferSet:
     "The run's transfer set: read from its file where it is the same, else made and kept."
-    options = {f: getattr(run, f) for f in ("limit", "empty", "seed", "smooth", "imbalance", "missing", "impressed")}
+    options = {f.name: getattr(run, f.name) for f in fields(Balancing) if f.name != "bfloat16"}
     wanted = (without_neutral(dict(source=run.source, n=run.n, balance=run.balance) | options)
               | dict(teacher=teacher.fingerprint))
     if run.bfloat16 and (freezable(teacher) or run.balance in STRATEGIES.where(nudges=True)):

@@ -9,7 +9,7 @@ __all__ = ['EXPORTS', 'execute_job', 'labelled_folders', 'evaluate_folder', 'rea
 import json
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,11 +27,11 @@ from .own import IMAGES, Job, check_priced, job_teacher, settle, usual_rate
 from .report import kept_options, write_report
 from .facts import Record
 from .execution import ELSEWHERE, claim, code_version, now, thinned
-from .runs import looped
+from .runs import looped, without_neutral
 from ..teachers.networks import count_parameters
 from ..teachers.teacher import Teacher
 from ..teachers.training import predict, same_run
-from ..transfer.balance import balance, read_made
+from ..transfer.balance import Balancing, balance, read_made
 from ..transfer.sets import TransferSet, diagnose
 
 # %% ../../nbs/studies/14_jobs.ipynb #job-do
@@ -166,16 +166,15 @@ def _set(
     ranks: Alone,
 ) -> TransferSet:
     "The transfer set: read from its file where it is the same, else made and kept."
-    path, fields = out / "transfer.safetensors", ("limit", "empty", "seed", "smooth", "imbalance", "missing",
-                                                  "impressed", "bfloat16")
-    wanted = (dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint,
-                   pictures=source.contents) | {k: getattr(job, k) for k in fields})
+    path, how = out / "transfer.safetensors", {f.name: getattr(job, f.name) for f in fields(Balancing)}
+    wanted = without_neutral(dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint,
+                                  pictures=source.contents) | how)
     if path.exists():
         ts = read_made(path)
-        same_run(path, dict(pictures=wanted["pictures"]) | ts.info.get("job", {}), wanted, ELSEWHERE)
+        same_run(path, dict(pictures=wanted["pictures"]) | without_neutral(ts.info.get("job", {})), wanted, ELSEWHERE)
         return ts
-    return balance(source, teacher, job.n, job.balance, **{k: getattr(job, k) for k in fields}, show=show, path=path,
-                   note=dict(job=wanted), ranks=ranks)[0]
+    return balance(source, teacher, job.n, job.balance, **how, show=show, path=path, note=dict(job=wanted),
+                   ranks=ranks)[0]
 
 
 def _taught(

@@ -24,7 +24,8 @@ from ..teachers.black_box import walled
 from ..teachers.frozen import norms_behind, traced
 from ..teachers.specs import Found, _architecture
 from ..teachers.teacher import Teacher
-from ..transfer.balance import STRATEGIES, Balancing
+from ..transfer.balance import STRATEGIES, Balancing, check_impressed
+from ..transfer.push import check_ahead
 
 # %% ../../nbs/studies/12_own.ipynb #own-job
 IMAGES = 20_000  # in a transfer set where nothing is said
@@ -75,6 +76,7 @@ def check_job(
     LOSSES.pick(job.loss)
     if job.views is not None: make_views(job.views)
     if job.balance is not None: STRATEGIES.pick(job.balance)
+    check_impressed(job.impressed), check_ahead(job.ahead)
     for name, usual in dict(temperature="1 to 20", lr="0.001 to 0.01").items():
         if (value := getattr(job, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}; {usual} are usual (--{name})")

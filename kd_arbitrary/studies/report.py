@@ -95,7 +95,7 @@ def find_runs(
                      "expected the --out of kd_distill")
 
 # %% ../../nbs/studies/13_report.ipynb #report-command
-ONLY_PYTHON = ("holdout", "updates", "smooth", "imbalance", "missing", "impressed")  # settings without an option
+ONLY_PYTHON = ("holdout", "updates", "smooth", "imbalance", "missing")  # settings without an option
 IN_PYTHON = ("export", "test", "ledger", "root", "device", "strict")  # options that `execute_job` takes, too
 RUNNING = ("root", "device")  # those of them that `execute` takes
 # said first, and also where they are as usual, because what is usual depends on the target

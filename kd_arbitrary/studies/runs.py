@@ -30,7 +30,7 @@ from ..teachers.targets import TARGETS
 from ..transfer.active import active  # noqa: F401, it enters the strategies
 from ..transfer.balance import STRATEGIES, Balancing, check_impressed
 from ..transfer.quotas import quotas
-from ..transfer.push import check_smooth, usual_smooth
+from ..transfer.push import check_ahead, check_smooth, usual_smooth
 from ..transfer.inversion import deepinversion  # noqa: F401, it enters the sources
 from ..transfer.rivals import GENERATED, check_given
 from ..transfer.zskd import zskd  # noqa: F401, it enters the sources
@@ -43,7 +43,7 @@ GIVEN = ("original", "labels")  # sources that are the target itself
 SIZES = Facts(TARGETS, "size")
 OWN = Facts(TARGETS, "own")  # target -> natural sources of the same classes
 # fields that older records lack -> the neutral value
-LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, init="random",
+LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, ahead=0, init="random",
              gives="logits")
 
 
@@ -105,7 +105,7 @@ def _resolved(
                imbalance=float(run.imbalance),
                smooth=(0.0 if run.balance != "fill"
                        else float(usual_smooth(shape) if run.smooth is None else run.smooth)),
-               impressed=float(run.impressed) if run.balance == "impress" else 1.0,
+               **(dict(impressed=float(run.impressed)) if run.balance == "impress" else dict(impressed=1.0, ahead=0)),
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
     if run.balance in STRATEGIES.where(as_drawn=True): out |= dict(limit=None, imbalance=1.0, missing=0)
@@ -115,7 +115,7 @@ def _resolved(
     return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running",
                       relabel=False, cached_views=1,
                       loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0,
-                      init="random", gives="logits")
+                      ahead=0, init="random", gives="logits")
 
 
 def looped(
@@ -135,7 +135,7 @@ def _resolved_loop(
                updates=(run.epochs or 10) * max(1, n // run.batch_size) if run.updates is None else run.updates)
     if not alone: return out
     return out | dict(n=0, balance="none", limit=None, empty="refuse", smooth=0.0, imbalance=1.0, missing=0,
-                      impressed=1.0)
+                      impressed=1.0, ahead=0)
 
 
 def check_source(
@@ -192,7 +192,7 @@ def _check(
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf):
             raise ValueError(f"{name} must be positive, got {value}")
-    check_smooth(run.smooth, shape), check_impressed(run.impressed)
+    check_smooth(run.smooth, shape), check_impressed(run.impressed), check_ahead(run.ahead)
     if not 0 <= run.holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {run.holdout}")
     _check_images(run)
 

@@ -28,7 +28,7 @@ from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
 from ..teachers.training import ASKED, footprint
 from .collect import DRAWN, Blocks, Pool, blocks_of, collect
-from .push import impress, push, usual_smooth
+from .push import check_ahead, impress, push, usual_smooth
 from .quotas import FillReport, quotas
 from .sets import TransferSet, make_set
 
@@ -90,6 +90,7 @@ def _changed(
     teacher: Teacher,  # white box
     smooth: float,  # as for `push`
     bfloat16: bool,  # as for `push`
+    ahead: int,  # as for `impress`
     blocks: Blocks,  # those that were made before
     task: tuple,  # ([b] positions in the pool, [b] classes to reach, [b] leads to reach them by, seed or None)
 ) -> tuple[Tensor, Tensor]:  # images, scores
@@ -98,9 +99,10 @@ def _changed(
     first = pool[i]
     def make():
         if seed is None: images = push(first, to, lead, teacher, smooth=smooth, bfloat16=bfloat16)
-        else: images = impress(first, to, teacher, seed=seed, bfloat16=bfloat16)
+        else: images = impress(first, to, teacher, seed=seed, bfloat16=bfloat16, ahead=ahead)
         return dict(images=images, scores=teacher(images))
-    block = blocks.take(make, f"{smooth if seed is None else seed} {bfloat16}", first, to, lead)
+    how = f"{smooth} {bfloat16}" if seed is None else f"{seed} {bfloat16}" + f" {ahead}" * bool(ahead)
+    block = blocks.take(make, how, first, to, lead)
     return block["images"], block["scores"]
 
 
@@ -116,6 +118,7 @@ def _fill(
     smooth: float = 0.0,  # as for `push`
     lasting: bool = False,  # make impressions, which last under views, instead of nudges
     bfloat16: bool = False,  # as for `push`
+    ahead: int = 0,  # as for `impress`
     ranks: Alone = ALONE,  # the processes that nudge
 ) -> Tensor:  # [K] what is still missing
     "Nudge surplus images into the classes that are short."
@@ -131,7 +134,7 @@ def _fill(
         start = torch.randperm(max(len(goals), len(pool)), generator=g)[: len(goals)] % len(pool)
         gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
         tasks = zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED), _seeds(g, lasting))
-        change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16, blocks)
+        change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16, ahead, blocks)
         for (i, to, *_), (images, scores) in ranks.each(change, tasks):
             right = (scores.argmax(1) == to) & pool.fresh(i, to)
             kept.add(images[right], scores[right], pool.origin[i][right])
@@ -155,6 +158,7 @@ class Balancing:
     imbalance: float = option(1.0, "Wanted share of the most frequent class over that of the rarest, 1 or more")
     missing: int = option(0, "Classes that get no image, 0 to K - 2")
     impressed: float = option(1.0, "Share of each class that impress makes, above 0 up to 1")
+    ahead: int = option(0, "Views in a row in which an impression leads before it is done; 0: it takes all its steps")
     bfloat16: bool = option(False, "Compute in bfloat16: faster for the networks of CIFAR, slower for LeNet")
 
 
@@ -220,7 +224,7 @@ def _nudged(
     smooth = usual_smooth(work.source.shape) if how.smooth is None else how.smooth
     if how.bfloat16: work.teacher.module.to(memory_format=torch.channels_last)
     left = _fill(work.kept, work.spare, work.short, work.teacher, work.blocks, how.seed, work.show, smooth=smooth,
-                 lasting=lasting, bfloat16=how.bfloat16, ranks=work.ranks)
+                 lasting=lasting, bfloat16=how.bfloat16, ahead=how.ahead, ranks=work.ranks)
     work.perturbed, work.short = work.short - left, left
 
 
@@ -335,7 +339,7 @@ def _refuse(
                          "start the command without torchrun")
     if how.empty not in ("refuse", "keep"):
         raise ValueError(f"unknown empty={how.empty!r}; expected 'refuse' or 'keep'")
-    check_impressed(how.impressed)
+    check_impressed(how.impressed), check_ahead(how.ahead)
     if known.get("nudges") and not teacher.whitebox:
         others = [s for s, facts in STRATEGIES.facts.items() if not facts.get("nudges") and s != "none"]
         budget = hasattr(teacher, "box") and teacher.box.ledger.budget is not None
