@@ -219,6 +219,7 @@ REFERENCE_VIEWS = ("none", "crop", "flip+mixup")  # cached scores; moved by a fe
 TRIALS = (  # over the fields of `DEVELOPED`
     *(dict(balance="none", impressed=1.0), dict(balance="fill", impressed=1.0), dict(), dict(views="affine+mixup")),
     *(dict(temperature=20.0), dict(source="strokes+pyramid"), dict(init="teacher")),
+    *(dict(ahead=2), dict(ahead=1)),
 )
 
 
@@ -396,6 +397,7 @@ TRIALS_IN_COLOUR = (  # over coloured programs, filled: what else is drawn, seen
     *(dict(views="crop+flip+cutmix"), dict(balance="none"), dict(balance="repeat")),
     *(dict(balance="impress", impressed=DEVELOPED["impressed"]), dict(temperature=4.0), dict(temperature=20.0)),
     dict(lr=5e-3), dict(lr=13e-3),
+    *(dict(balance="impress", impressed=DEVELOPED["impressed"], ahead=ahead) for ahead in (2, 1)),
 )
 
 
