@@ -83,6 +83,7 @@ def test_refused_before_anything_is_made(home, tmp_path):
              ([*whole, "--export", "tflite"], 2, "unknown kind of export"), ([*whole, "--views", "blur"], 2, "unknown view 'blur'"),
              ([*whole, "--loss", "ce"], 2, "kl, mse, l1"), ([*whole, "--epochs", "0"], 2, "(--epochs)"), ([*whole, "--budget", "1"], 2, "(--budget)"),
              ([*whole, "--init", "teacher"], 2, "--init belongs to a benchmark"), ([*whole, "--target", "digits"], 2, "leave out --target"),
+             ([*whole, "--impressed", "0.3"], 2, "--impressed belongs to --balance impress"), ([*whole, "--balance", "impress", "--ahead", "-1"], 2, "ahead must be a whole number of views"),
              ([*whole, "--mean", "0.5,0.5"], 1, "mean has 2 numbers, the images have 3 channels"), ([*whole, "--n", "20"], 1, "20 images cannot cover 26 classes"),
              ([*whole, "--test", tmp_path / "test"], 1, "no classes: seven"), ([*whole, "--student", f"{tmp_path}/file.py:narrow"], 1, "gives [2, 3] for 2 images of 26"),
              ([*whole, "--student", "torchvision:resnet19"], 1, "no network 'resnet19'"), ([*whole, "--images", tmp_path / "test"], 1, "holds no pictures")]

@@ -13,8 +13,10 @@ from kd_arbitrary.studies.runs import Run
 JOBS = [Job(teacher="model.onnx", source="folder(path='my pictures')", n=700, balance="repeat", student="timm:resnet18", views="none", classes=("a,b", "it's"), budget=900),
         Job(teacher="ask.py:label", source="0.5*strokes + 0.5*powerlaw(alpha=(0.5, 2))", classes=26, input_shape=(3, 24, 24), gives="top", relabel=False, bfloat16=True),
         Job(teacher="torchvision:resnet18", source="array(path='x.npy')", mean=(0.5,), std=(0.25, 0.5, 1.5), input_range=(-1.0, 1.0), multi_label=True, allow_pickle=True, seed=3),
-        Job(teacher="http://localhost:80/ask", source="folder(path='pictures', strict=True)", classes=("1", "2"), lr=0.003, temperature=1.5, limit=99, empty="keep")]
-RUNS = [Run(target="digits", source="pyramid", n=500, epochs=3), Run(target="mnist", source="original", balance="none", epochs=7, views="none"),
+        Job(teacher="http://localhost:80/ask", source="folder(path='pictures', strict=True)", classes=("1", "2"), lr=0.003, temperature=1.5, limit=99, empty="keep"),
+        Job(teacher="model.onnx", source="strokes", n=900, balance="impress", impressed=0.25, ahead=2)]
+RUNS = [Run(target="digits", source="pyramid", n=500, epochs=3), Run(target="fmnist", source="glyphs", balance="impress", impressed=1 / 3, ahead=1),
+        Run(target="mnist", source="original", balance="none", epochs=7, views="none"),
         Run(target="cifar10", source="0.5*strokes + 0.5*spectra", relabel=False, cached_views=2, init="teacher", teacher_seed=2, seed=5, bfloat16=True)]
 
 

@@ -108,6 +108,7 @@ def settle(
     _enough(job, size, most, len(teacher.classes))
     out = dict(student=student, n=most, views=_views(job, teacher.input_shape), recheck=_recheck(job),
                empty=job.empty or ("keep" if job.budget else "refuse"), balance=job.balance or _balance(job, teacher))
+    if out["balance"] not in STRATEGIES.where(lasting=True): out |= dict(impressed=Job.impressed, ahead=Job.ahead)
     if job.budget: out |= dict(limit=min(x for x in (job.limit, _drawable(job, most)) if x is not None))
     return replace(job, **out)
 
