@@ -27,7 +27,7 @@ from .own import IMAGES, Job, check_priced, job_teacher, settle, usual_rate
 from .report import kept_options, write_report
 from .facts import Record
 from .execution import ELSEWHERE, claim, code_version, now, thinned
-from .runs import looped, without_neutral
+from .runs import looped
 from ..teachers.networks import count_parameters
 from ..teachers.teacher import Teacher
 from ..teachers.training import predict, same_run
@@ -167,11 +167,12 @@ def _set(
 ) -> TransferSet:
     "The transfer set: read from its file where it is the same, else made and kept."
     path, how = out / "transfer.safetensors", {f.name: getattr(job, f.name) for f in fields(Balancing)}
-    wanted = without_neutral(dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint,
-                                  pictures=source.contents) | how)
+    wanted = dict(source=job.source, n=job.n, balance=job.balance, teacher=teacher.fingerprint,
+                  pictures=source.contents) | how
     if path.exists():
         ts = read_made(path)
-        same_run(path, dict(pictures=wanted["pictures"]) | without_neutral(ts.info.get("job", {})), wanted, ELSEWHERE)
+        unsaid = dict(pictures=wanted["pictures"], ahead=Job.ahead)  # by older files
+        same_run(path, unsaid | ts.info.get("job", {}), wanted, ELSEWHERE)
         return ts
     return balance(source, teacher, job.n, job.balance, **how, show=show, path=path, note=dict(job=wanted),
                    ranks=ranks)[0]
