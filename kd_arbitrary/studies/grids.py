@@ -395,9 +395,9 @@ def _photos(
 TRIALS_IN_COLOUR = (  # over coloured programs, filled: what else is drawn, seen, balanced, and how soft and fast
     *(dict(), dict(source=MIXTURE), dict(source=MIXTURE, views="affine+mixup"), dict(views="affine+mixup")),
     *(dict(views="crop+flip+cutmix"), dict(balance="none"), dict(balance="repeat")),
-    *(dict(balance="impress", impressed=DEVELOPED["impressed"]), dict(temperature=4.0), dict(temperature=20.0)),
+    *(IMPRESSED, dict(temperature=4.0), dict(temperature=20.0)),
     dict(lr=5e-3), dict(lr=13e-3),
-    *(dict(balance="impress", impressed=DEVELOPED["impressed"], ahead=ahead) for ahead in (2, 1)),
+    *(IMPRESSED | dict(ahead=ahead) for ahead in (2, 1)),
 )
 
 

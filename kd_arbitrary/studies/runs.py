@@ -93,6 +93,11 @@ class Run(Lesson, Balancing):
     def __str__(self): return f"{self.target} {self.source} {self.balance} seed {self.seed}"
 
 # %% ../../nbs/studies/02_runs.ipynb #experiment-check
+# fields of a run where nothing is balanced
+_UNBALANCED = dict(balance="none", limit=None, empty="refuse", smooth=0.0, imbalance=1.0, missing=0, impressed=1.0,
+                  ahead=0)
+
+
 def _resolved(
     run: Run,  # as the user wrote it
 ) -> dict:  # fields to set
@@ -105,17 +110,16 @@ def _resolved(
                imbalance=float(run.imbalance),
                smooth=(0.0 if run.balance != "fill"
                        else float(usual_smooth(shape) if run.smooth is None else run.smooth)),
-               **(dict(impressed=float(run.impressed)) if run.balance == "impress" else dict(impressed=1.0, ahead=0)),
+               impressed=float(run.impressed),
                epochs=None if run.updates is not None else 10 if run.epochs is None else run.epochs)
     if run.n is None: out["n"] = size if source in GIVEN else N
+    if run.balance not in STRATEGIES.where(lasting=True): out |= dict(impressed=1.0, ahead=0)
     if run.balance in STRATEGIES.where(as_drawn=True): out |= dict(limit=None, imbalance=1.0, missing=0)
     if out["relabel"] or run.views == "none": out["cached_views"] = 1
     if looped(source): return out | _resolved_loop(run, source)
     if source != "labels": return out
-    return out | dict(views=unmixed(run.views), balance="none", limit=None, empty="refuse", teacher_bn="running",
-                      relabel=False, cached_views=1,
-                      loss="kl", temperature=1.0, holdout=0.0, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0,
-                      ahead=0, init="random", gives="logits")
+    return out | _UNBALANCED | dict(views=unmixed(run.views), teacher_bn="running", relabel=False, cached_views=1,
+                                   loss="kl", temperature=1.0, holdout=0.0, init="random", gives="logits")
 
 
 def looped(
@@ -134,8 +138,7 @@ def _resolved_loop(
     out = dict(relabel=run.views != "none", cached_views=1, holdout=0.0, epochs=None,
                updates=(run.epochs or 10) * max(1, n // run.batch_size) if run.updates is None else run.updates)
     if not alone: return out
-    return out | dict(n=0, balance="none", limit=None, empty="refuse", smooth=0.0, imbalance=1.0, missing=0,
-                      impressed=1.0, ahead=0)
+    return out | _UNBALANCED | dict(n=0)
 
 
 def check_source(
