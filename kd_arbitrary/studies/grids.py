@@ -398,7 +398,8 @@ TRIALS_IN_COLOUR = (  # over coloured programs, filled: what else is drawn, seen
     *(IMPRESSED, dict(temperature=4.0), dict(temperature=20.0)),
     dict(lr=5e-3), dict(lr=13e-3),
     *(IMPRESSED | dict(ahead=ahead) for ahead in (2, 1)),
-    *(IMPRESSED | dict(ahead=2, impressed=share) for share in (2 / 3, 1.0)),
+    IMPRESSED | dict(ahead=2, impressed=2 / 3),
+    IMPRESSED | dict(ahead=2, limit=40_000), dict(limit=40_000),  # as many drawn as for `repeat`
 )
 
 
