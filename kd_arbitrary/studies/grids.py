@@ -84,8 +84,8 @@ def impressions() -> list[Run]:
 
 @grid
 def developed() -> list[Run]:
-    """MNIST and Fashion-MNIST, no real image: 90,000 strokes, glyphs and noise pictures, a third of them
-    impressions, CutMix; a recipe developed on another task."""
+    """MNIST and Fashion-MNIST, no real image: 90,000 strokes, glyphs and noise pictures, impressed, CutMix; a
+    recipe developed on another task."""
     return [Run(target=t, seed=seed, **DEVELOPED) for seed in range(3) for t in LONG_VIEWS]
 
 
@@ -425,15 +425,14 @@ def photos_cifar10() -> list[Run]:
 @grid
 def photos_asked() -> list[Run]:
     """CIFAR-10, AlexNet to its half, 11,160 steps: coloured programs as drawn, as many as take the questions that
-    filling 50,000 takes, or seven percent more than a third impressions take; for the gain at equal questions."""
+    filling 50,000 takes, or seven percent more than impressing them takes; for the gain at equal questions."""
     return _photos([dict(source=COLOURED, balance="none", n=n) for n in (62_700, 188_000)])
 
 
 @grid
 def photos_best() -> list[Run]:
-    """CIFAR-10, AlexNet to its half, 50,000 coloured programs: filled with a third impressions, filled with twice the
-    steps, and as drawn and filled for students that begin with the teacher's weights; unrelated photographs, filled
-    with a third impressions."""
+    """CIFAR-10, AlexNet to its half, 50,000 coloured programs: impressed, filled with twice the steps, and as drawn and
+    filled for students that begin with the teacher's weights; unrelated photographs, impressed."""
     inherited = [dict(balance=b, init="teacher") for b in ("fill", "none")]
     drawn = [IMPRESSED, dict(balance="fill", updates=22_320), *inherited]
     return _photos([*drawn, IMPRESSED | FIRST[1]], source=COLOURED)
@@ -445,8 +444,8 @@ NARROW = dict(teacher="wrn16_2", student="wrn16_1")  # what two cores can train,
 @grid
 def photos_wrn() -> list[Run]:
     """CIFAR-10, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
-    unrelated photographs, as drawn and filled; programs also with a third impressions, noise also with every view
-    asked about; original data, labels; two seeds."""
+    unrelated photographs, as drawn and filled; programs also impressed, noise also with every view asked about;
+    original data, labels; two seeds."""
     noise = dict(NOISE[0], balance="none", relabel=True)  # statistics of the batch that the student sees
     cells = _cells((FIRST[0], NOISE[0], FIRST[1]), "none", "fill")
     return _photos([IMPRESSED, *REFERENCES, *cells, noise], seeds=2, **NARROW)
@@ -466,8 +465,8 @@ RATED = NARROW | dict(lr=16e-3)  # the best of `rates_wide` by held-out agreemen
 @grid
 def photos_rated() -> list[Run]:
     """CIFAR-10 and CIFAR-100, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps, at the rate that `rates-wide` chooses:
-    coloured programs filled, as drawn and with a third impressions, original data, unrelated photographs as drawn and
-    filled, noise with batch statistics of which every view is asked about; two seeds."""
+    coloured programs filled, as drawn and impressed, original data, unrelated photographs as drawn and filled, noise
+    with batch statistics of which every view is asked about; two seeds."""
     first = [*_cells(FIRST[:1], "fill", "none"), IMPRESSED, REFERENCES[0]]
     of_ten = [*_cells(FIRST[1:], "none", "fill"), dict(NOISE[0], balance="none", relabel=True)]
     of_hundred = _cells((dict(source="cifar10"),), "none", "fill")
@@ -480,23 +479,23 @@ DEEP = dict(teacher="wrn40_2", student="wrn16_1", lr=RATED["lr"])  # the pair of
 
 @grid
 def photos_deep() -> list[Run]:
-    """CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps, on a GPU: coloured programs as drawn, filled, with a
-    third impressions; unrelated photographs and noise with batch statistics, as drawn and filled; original data."""
+    """CIFAR-10, WRN-40-2 to WRN-16-1, 50,000 images, 11,160 steps, on a GPU: coloured programs as drawn, filled,
+    impressed; unrelated photographs and noise with batch statistics, as drawn and filled; original data."""
     return _photos([IMPRESSED, *_cells((FIRST[0], FIRST[1], NOISE[0]), "fill", "none"), REFERENCES[0]], **DEEP)
 
 
 @grid
 def photos_cifar100() -> list[Run]:
     """CIFAR-100, WRN-16-2 to WRN-16-1, 50,000 images, 11,160 steps: noise with batch statistics, coloured programs,
-    CIFAR-10's photographs, as drawn and filled, programs also with a third impressions; original data, labels."""
+    CIFAR-10's photographs, as drawn and filled, programs also impressed; original data, labels."""
     cells = _cells((FIRST[0], dict(source="cifar10"), NOISE[0]), "fill", "none")
     return _photos([IMPRESSED, *cells, *REFERENCES], target="cifar100", **NARROW)
 
 
 @grid
 def photos_long() -> list[Run]:
-    """CIFAR-10, 50,000 images, 22,320 steps, every view asked about, on a GPU: coloured programs filled and with a
-    third impressions, unrelated photographs, original data; AlexNet to its half, and WRN-40-2 to WRN-16-1."""
+    """CIFAR-10, 50,000 images, 22,320 steps, every view asked about, on a GPU: coloured programs filled and
+    impressed, unrelated photographs, original data; AlexNet to its half, and WRN-40-2 to WRN-16-1."""
     cells = [IMPRESSED, dict(FIRST[1], balance="none"), dict(FIRST[0], balance="fill"), REFERENCES[0]]
     longer = dict(relabel=True, updates=22_320)
     return _photos(cells, **longer) + _photos(cells, **longer, **DEEP)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'NETWORKS', 'NAMES', 'MARKS', 'TINTS', 'DASHES', 'named', 'read_survey', 'accuracy_text', 'survey_table',
-           'lead_of', 'gain_text', 'gains_text', 'impressed_text', 'best_text', 'machines_text', 'rates_table',
-           'bounds_text', 'noise_text', 'survey_figure', 'planned_text']
+           'lead_of', 'gain_text', 'gains_text', 'least_text', 'made_text', 'impressed_text', 'best_text',
+           'machines_text', 'rates_table', 'bounds_text', 'noise_text', 'survey_figure', 'planned_text']
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-imports
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import matplotlib as mpl
@@ -27,7 +28,7 @@ from .runs import GIVEN
 from .tables import KINDS, grid_frame, markdown
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-names
-WAYS = dict(none="as drawn", repeat="repeated", fill="filled", impress="filled, a third impressions")
+WAYS = dict(none="as drawn", repeat="repeated", fill="filled", impress="impressed")
 NETWORKS = dict(alexnet="AlexNet", alexnet_half="its half", inception_v3="Inception-V3", resnet18="ResNet-18",
                 resnet34="ResNet-34", wrn40_2="WRN-40-2", wrn16_2="WRN-16-2", wrn16_1="WRN-16-1")
 NAMES = {COLOURED: "programs, leaves, objects, spectra", EVERYTHING: "ten kinds in equal shares",
@@ -120,16 +121,33 @@ def gains_text(
     return "; ".join(said) or None
 
 
+def least_text(
+    rows: pd.DataFrame,  # runs with `impressed`
+) -> str:
+    "What impressing makes of every class, with the share it makes at the least."
+    share = Fraction(rows[rows.balance == "impress"].impressed.max()).limit_denominator(9)
+    return f"at least {share} of each class are impressions, and whatever else a class lacks"
+
+
+def made_text(
+    rows: pd.DataFrame,  # finished runs, with `n` and `accepted`
+) -> str:
+    "How much of their sets are impressions: what was not accepted as drawn."
+    share = 100 * (1 - (rows.accepted / rows.n)[rows.balance == "impress"]).astype(float)
+    low, high = f"{share.min():.0f}", f"{share.max():.0f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
 def impressed_text(
     rows: pd.DataFrame,  # finished runs of one source
 ) -> str | None:  # None where no seed was run both ways
-    "What an impression is, and what it is worth that a third of a set are such."
+    "What impressing is, how much of a set it makes, and what that is worth."
     gain = gain_text(rows, "impress", "fill")
     if not gain: return None
     asked = rows.groupby("balance").queries.mean()
-    return ("An impression is a class written into an image until the teacher sees it in most views; that a third of "
-            f"{rows.source.iloc[0]} are such is worth {gain} over filling alone, for "
-            f"{asked['impress'] / asked['fill']:.1f} times its questions.")
+    return ("An impression is an image into which a class is written until the teacher sees it in most views. In an "
+            f"*impressed* set {least_text(rows)}, here {made_text(rows)} of {rows.source.iloc[0]}; that is worth "
+            f"{gain} over filling, for {asked['impress'] / asked['fill']:.1f} times its questions.")
 
 
 def best_text(
