@@ -126,7 +126,7 @@ def least_text(
 ) -> str:
     "What impressing makes of every class, with the share it makes at the least."
     share = Fraction(rows[rows.balance == "impress"].impressed.max()).limit_denominator(9)
-    return f"at least {share} of each class are impressions, and whatever else a class lacks"
+    return f"at least {share} of each class are impressions, and so is whatever else a class lacks"
 
 
 def made_text(
@@ -146,7 +146,7 @@ def impressed_text(
     if not gain: return None
     asked = rows.groupby("balance").queries.mean()
     return ("An impression is an image into which a class is written until the teacher sees it in most views. In an "
-            f"*impressed* set {least_text(rows)}, here {made_text(rows)} of {rows.source.iloc[0]}; that is worth "
+            f"*impressed* set {least_text(rows)}: here {made_text(rows)} of {rows.source.iloc[0]}. That is worth "
             f"{gain} over filling, for {asked['impress'] / asked['fill']:.1f} times its questions.")
 
 
