@@ -51,7 +51,7 @@ def _joined(
     i = (torch.randint(len(beside), (n,), generator=g) if beside.weights is None
          else torch.multinomial(beside.weights.double(), n, replacement=True, generator=g))
     x, scores = to_float(beside.images[i]).to(duel.device), beside.scores[i].to(duel.device)
-    return torch.cat([made[0], x]), torch.cat([made[1], scores]), made[2]
+    return torch.cat([made[0], x]), scores if duel.viewed else torch.cat([made[1], scores]), made[2]
 
 
 def _lesson(

@@ -118,7 +118,8 @@ def shared_maps(
     teacher: nn.Module,  # the other one
     shape: tuple[int, int, int],  # (C, H, W) of these images
 ) -> list[str]:  # names, in the order of the student
-    "Layers with weights that have one name in both networks and give maps of one size there."
+    """Layers with weights that have one name in both networks and give maps of one size there; of those of one size
+    the last, so that every stage counts once."""
     weighty = lambda model: {name for name, m in model.named_children() if next(m.parameters(), None) is not None}
     names, found = [name for name, _ in student.named_children() if name in weighty(student) & weighty(teacher)], {}
     for model in (student, teacher):
@@ -127,7 +128,9 @@ def shared_maps(
             model(torch.zeros(2, *shape, device=device))
         maps = {name: out for name, (_, out) in seen.items() if isinstance(out, Tensor) and out.ndim == 4}
         found[model] = {name: out.shape[2:] for name, out in maps.items()}
-    return [name for name in names if name in found[student] and found[student][name] == found[teacher].get(name)]
+    sizes = {name: size for name in names if (size := found[student].get(name)) and size == found[teacher].get(name)}
+    last = {size: name for name, size in sizes.items()}
+    return list(last.values())
 
 # %% ../../nbs/students/05_generators.ipynb #adv-losses
 def one_hot_loss(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 # %% ../../nbs/students/06_methods.ipynb #methods-imports-core
 from ..core import generator, option, pick, to_float, to_stored
 from ..pictures.sources import parse_source
+from ..pictures.views import make_views
 from kd_arbitrary.students.generators import (
     activation_loss, as_logits, boundary_loss, divergence, ending_layers, entropy_loss, first_linear,
     imagine, make_generator, one_hot_loss, watching,
@@ -154,6 +155,18 @@ class Duel:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.narrow): scores = network(x)
         return scores.float()
 
+    @property
+    def viewed(self) -> bool:
+        "Whether the student sees views, of which the teacher is asked then, and not the images as they were made."
+        return make_views(self.contest.views) is not None
+
+    def shown(
+        self,
+        x: Tensor,  # [n, C, H, W] float32, without a graph
+    ) -> "Taught":
+        "What is to be learned from these images as they are; without answers where only their views are learned."
+        return (x, x.new_zeros(len(x), 0), []) if self.viewed else self.ask(x)
+
     def ask(
         self,
         x: Tensor,  # [n, C, H, W] float32, without a graph
@@ -216,7 +229,7 @@ def zskt(
     x = duel.draw(z)
     logits = as_logits(duel.through(duel.teacher.forward, x), duel.teacher.gives)
     duel.step(-divergence(duel.through(duel.student, x), logits).mean(), CLIP)
-    with torch.no_grad(): return duel.ask(duel.draw(z))
+    with torch.no_grad(): return duel.shown(duel.draw(z))
 
 # %% ../../nbs/students/06_methods.ipynb #adv-fast
 @ADVERSARIES.add(making=Fast,
@@ -267,10 +280,11 @@ def _remember(
     duel: Duel,  # its memory grows
     x: Tensor,  # [n, C, H, W] float32
 ) -> None:
-    "Keep images as bytes, with what the teacher says of them as they are kept."
+    "Keep images as bytes, with what the teacher says of them as they are kept, if the student is to learn that."
     kept = to_stored(x.cpu(), torch.uint8)
     duel.bank.append(kept)
-    duel.answers.append(duel.through(lambda x: duel.teacher(x, len(x)), kept))
+    said = duel.through(lambda x: duel.teacher(x, len(x)), kept) if not duel.viewed else torch.zeros(len(kept), 0)
+    duel.answers.append(said)
 
 # %% ../../nbs/students/06_methods.ipynb #adv-method
 def read_method(
