@@ -55,15 +55,16 @@ def read_survey(
     results: Path,  # the folder with a folder of records a grid
 ) -> tuple[pd.DataFrame, dict[str, dict]]:  # of `grid_frame`; records by key
     """Every run of a grid, with `given` (the target itself teaches), `kind`, `text` (the source as configured),
-    `source` (its name, and how it is seen), `pair` (teacher → student), `minutes` (of processor time where that was
-    taken) and `held` (share of held-out images of which the student says in the end what the teacher says)."""
+    `source` (its name, and how it is seen), `pair` (teacher → student), `minutes` (for set and steps, cached views
+    not counted, of processor time where that was taken) and `held` (share of held-out images of which the student says in the end what the teacher says)."""
     records = {r["key"]: r for r in read_records(Path(results) / grid)}
     f = grid_frame(GRIDS[grid](), records.values())
     given, asked = f.source.isin(GIVEN), f.relabel.astype(bool)
     note = np.where(f.teacher_bn == "batch", ", batch statistics", "")
     note = note + np.where(asked & ~given & (~asked & ~given).any(), ", every view asked about", "")
+    views = f.reindex(columns=["cpu_views"]).cpu_views.astype(float).fillna(0.0)
     f = f.assign(given=given, kind=f.kind.where(~given, "reference"), text=f.source,
-                 source=f.source.map(named) + note, minutes=f.cpu.astype(float).fillna(f.seconds) / 60,
+                 source=f.source.map(named) + note, minutes=(f.cpu.astype(float) - views).fillna(f.seconds) / 60,
                  pair=f.teacher.map(NETWORKS) + " → " + f.student.map(NETWORKS),
                  held=[_last(records.get(key, {})).get("agreement") for key in f.key])
     return f, records
@@ -145,7 +146,7 @@ def impressed_text(
     gain = gain_text(rows, "impress", "fill")
     if not gain: return None
     asked = rows.groupby("balance").queries.mean()
-    return ("An impression is an image into which a class is written until the teacher sees it in most views. In an "
+    return ("An impression is an image into which a class is written by gradient steps under views, so that it lasts. In an "
             f"*impressed* set {least_text(rows)}: here {made_text(rows)} of {rows.source.iloc[0]}. That is worth "
             f"{gain} over filling, for {asked['impress'] / asked['fill']:.1f} times its questions.")
 
