@@ -53,7 +53,9 @@ class Commission:
         return to_float(self.start.draw(b, g)).to(self.teacher.device)
 
 
-Batch = tuple[int, Callable[[], Tensor]]  # how many images, and a function that makes them: [b, C, H, W] float, 0..1
+# how many images, and a function that makes them: [b, C, H, W] float, 0..1; it may be followed by the rows of images
+# made before, as stored, that the function is given to go on from
+Batch = tuple[int, Callable[..., Tensor]] | tuple[int, Callable[..., Tensor], slice]
 
 
 def even_batches(
@@ -130,8 +132,8 @@ class Made:
         images[:at] = there
         bar = progress(None, self.name, n, self.show, initial=at)
         try:
-            for b, make in self.batches[done:]:
-                images[at : at + b] = self._paid(make)
+            for b, make, *before in self.batches[done:]:
+                images[at : at + b] = self._paid(partial(make, *(images[rows] for rows in before)))
                 at, done = at + b, done + 1
                 bar.update(b)
                 if time.perf_counter() - saved > EVERY: self._save(images, at, done); saved = time.perf_counter()
@@ -148,7 +150,7 @@ class Made:
 
     def _memory(self):
         "Refuse a set that does not fit."
-        teacher, b = self.commission.teacher, max(b for b, _ in self.batches)
+        teacher, b = self.commission.teacher, max(b for b, *_ in self.batches)
         pixels = math.prod(teacher.input_shape)
         kept, _ = footprint(teacher.module, teacher.input_shape)
         need_memory(len(self) * pixels + b * (kept + 8 * 4 * pixels), f"making {len(self):,} images "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/transfer/08_zskd.ipynb #zskd-imports-core
-from ..core import generator
+from ..core import generator, to_float
 from ..teachers.teacher import Teacher
 from .rivals import Batch, Commission, even_batches, rival
 
@@ -140,14 +140,29 @@ def zskd(
     batch: int = 100,  # images made together; they share a class
     enough: float = 0.0,  # mean divergence, nats, at which a batch is done; 0: all steps, as in the paper
     start: str = "",  # text of a source for the images to begin as; "": uniform noise
+    # a batch begins as the last one of its class and scale ended, as in the authors' file, the first as `start` says
+    continued: bool = False,
 ) -> list[Batch]:
     "Data impressions (Nayak et al., ICML 2019): images that make the teacher answer with softmax vectors drawn for it."
     teacher = commission.teacher
     likeness, k = similarity(last_linear(teacher)), len(teacher.classes)
     alpha = [concentration(likeness, scale) for scale in scales]
-    def make(group, b, i):
+    def make(group, b, i, last=None):
         g = generator(commission.seed, "zskd", i)
-        targets, begin = soft_targets(alpha[group // k][group % k], b, g), commission.starts(b, g, torch.rand)
+        targets = soft_targets(alpha[group // k][group % k], b, g)
+        begin = commission.starts(b, g, torch.rand) if last is None else to_float(last).to(teacher.device)
         return data_impressions(teacher, targets, begin, steps, lr, temperature, enough)
     plan = even_batches(commission.n, k * len(scales), batch)
-    return [(b, partial(make, group, b, i)) for i, (group, b) in enumerate(plan)]
+    before = _rows_before(plan) if continued else [()] * len(plan)
+    return [(b, partial(make, group, b, i), *rows) for i, ((group, b), rows) in enumerate(zip(plan, before))]
+
+
+def _rows_before(
+    plan: list[tuple[int, int]],  # (group, images) of each batch, in a group never more than before
+) -> list[tuple[slice, ...]]:  # of each batch: as many rows of the last one of its group; none for the first
+    "Where the images stand that a batch goes on from."
+    out, begins, at = [], {}, 0
+    for group, b in plan:
+        out.append((slice(begins[group], begins[group] + b),) if group in begins else ())
+        begins[group], at = at, at + b
+    return out
