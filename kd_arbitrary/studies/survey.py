@@ -146,8 +146,8 @@ def impressed_text(
     gain = gain_text(rows, "impress", "fill")
     if not gain: return None
     asked = rows.groupby("balance").queries.mean()
-    return ("An impression is an image into which a class is written by gradient steps under views, so that it lasts. In an "
-            f"*impressed* set {least_text(rows)}: here {made_text(rows)} of {rows.source.iloc[0]}. That is worth "
+    return ("An impression is an image into which a class is written by gradient steps under views, so that it lasts. "
+            f"In an *impressed* set {least_text(rows)}: here {made_text(rows)} of {rows.source.iloc[0]}. That is worth "
             f"{gain} over filling, for {asked['impress'] / asked['fill']:.1f} times its questions.")
 
 

@@ -157,7 +157,8 @@ class Balancing:
                                   unsaid="a fourteenth of the side")
     imbalance: float = option(1.0, "Wanted share of the most frequent class over that of the rarest, 1 or more")
     missing: int = option(0, "Classes that get no image, 0 to K - 2")
-    impressed: float = option(1.0, "Share of each class that impress makes at the least, beside what a class lacks; above 0 up to 1")
+    impressed: float = option(1.0, "Share of each class that impress makes at the least, beside what a class lacks; "
+                              "above 0 up to 1")
     ahead: int = option(0, "Views in a row in which an impression leads before it is done; 0: it takes all its steps")
     bfloat16: bool = option(False, "Compute in bfloat16: faster for the networks of CIFAR, slower for LeNet")
 
