@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MNIST_MEAN', 'MNIST_STD', 'RACING', 'DRAWN_THERE', 'PIXELS', 'TRIED', 'AS_PUBLISHED', 'MINUTES', 'MINUTES_IN_COLOUR',
            'MOST', 'RACERS', 'PACE', 'SET_IN_COLOUR', 'RACERS_IN_COLOUR', 'PACE_IN_COLOUR', 'BRIEFLY', 'OTHERWISE',
-           'FAST_OTHERWISE', 'rivals_check', 'race_trials', 'entry', 'race_run', 'race_plan', 'race', 'race_cifar10',
-           'race_altered', 'race_combinations']
+           'FAST_OTHERWISE', 'rivals_check', 'race_trials', 'race_entry', 'race_run', 'race_plan', 'race',
+           'race_cifar10', 'race_altered', 'race_combinations']
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-imports
 from dataclasses import replace
@@ -131,7 +131,7 @@ PACE_IN_COLOUR = dict(
 BRIEFLY = dict(fast=(dict(views="none"), (0.0, 0.0, 350.0)))
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-plan
-def entry(
+def race_entry(
     contestant: str,  # as for `race_run`
     target: str,  # as well
     minutes: float,  # core-minutes
@@ -153,7 +153,7 @@ def race_run(
 ) -> Run:
     "A contestant with as many images and steps as a budget holds."
     common = RACING | (dict(batch_size=128, lr=WIDE["lr"]) if target == "cifar10" else dict(teacher_seed=seed))
-    how, (share, image, step) = entry(contestant, target, minutes)
+    how, (share, image, step) = race_entry(contestant, target, minutes)
     long = dict(updates=round(60_000 * minutes * (1 - share) / step))
     if share: long["n"] = min(round(60_000 * minutes * share / image), MOST.get(how["source"], 10 ** 9))
     return Run(target=target, seed=seed, empty="keep", **common | how | long)
