@@ -51,7 +51,7 @@ def _joined(
     i = (torch.randint(len(beside), (n,), generator=g) if beside.weights is None
          else torch.multinomial(beside.weights.double(), n, replacement=True, generator=g))
     x, scores = to_float(beside.images[i]).to(duel.device), beside.scores[i].to(duel.device)
-    return torch.cat([made[0], x]), scores if duel.viewed else torch.cat([made[1], scores]), made[2]
+    return torch.cat([made[0], x]), scores if duel.views else torch.cat([made[1], scores]), made[2]
 
 
 def _lesson(
@@ -62,8 +62,7 @@ def _lesson(
     "What the student sees in its next step."
     made = _recalled(duel, g) if made is None else made
     if duel.beside: made = _joined(duel, made, g)
-    views = make_views(duel.contest.views)
-    return made if views is None else duel.ask(views(made[0], g))
+    return duel.ask(duel.views(made[0], g)) if duel.views else made
 
 
 def _learned(

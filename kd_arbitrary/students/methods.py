@@ -9,8 +9,9 @@ __all__ = ['Taught', 'ADVERSARIES', 'CLIP', 'DRAWN_AT_ONCE', 'Making', 'Dafl', '
 # %% ../../nbs/students/06_methods.ipynb #methods-imports
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -155,17 +156,17 @@ class Duel:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.narrow): scores = network(x)
         return scores.float()
 
-    @property
-    def viewed(self) -> bool:
-        "Whether the student sees views, of which the teacher is asked then, and not the images as they were made."
-        return make_views(self.contest.views) is not None
+    @cached_property
+    def views(self) -> Callable | None:
+        "What the student sees of an image, and the teacher is asked about; None: the image as it was made."
+        return make_views(self.contest.views)
 
     def shown(
         self,
         x: Tensor,  # [n, C, H, W] float32, without a graph
     ) -> "Taught":
         "What is to be learned from these images as they are; without answers where only their views are learned."
-        return (x, x.new_zeros(len(x), 0), []) if self.viewed else self.ask(x)
+        return (x, torch.zeros(len(x), 0), []) if self.views else self.ask(x)
 
     def ask(
         self,
@@ -283,8 +284,7 @@ def _remember(
     "Keep images as bytes, with what the teacher says of them as they are kept, if the student is to learn that."
     kept = to_stored(x.cpu(), torch.uint8)
     duel.bank.append(kept)
-    said = duel.through(lambda x: duel.teacher(x, len(x)), kept) if not duel.viewed else torch.zeros(len(kept), 0)
-    duel.answers.append(said)
+    duel.answers.append(duel.shown(kept)[1])
 
 # %% ../../nbs/students/06_methods.ipynb #adv-method
 def read_method(

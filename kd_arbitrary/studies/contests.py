@@ -39,8 +39,8 @@ def rivals_check() -> list[Run]:
     altered = dict(views="shrink+flip+speckle", epochs=60)  # much as the authors alter images, for an eighth as long
     lessons = (dict(views="none"), dict(views="affine"), dict(views="affine+mixup", epochs=60), altered)
     return ([Run(source="zskd(steps=40,lr=0.05)", **zskd | lesson) for lesson in lessons]
-            + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", **zskd | altered)]
             + [Run(source="zskd(steps=40,lr=0.05,continued=True)", **zskd | altered)]
+            + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", **zskd | altered)]
             + [Run(target="mnist", views="none", lr=2e-3, bfloat16=True, **way) for way in loops])
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-race-trials
@@ -110,7 +110,7 @@ PACE = dict(
 # the same for photographs: rates, weights and temperatures of the harness of Fang et al. (2022) where it has them, and
 # Fast's student sees crops and flips as there; but DAFL's term of balance is in decimal logarithms here and in natural
 # ones there, where a weight of 20 says what 46 says here. ZSKD has the steps and rate that the digits chose; all sets
-# are seen in the views of `PHOTOS`
+# are seen in the views of `PHOTOS`. The paces are those of AlexNet and its half
 SET_IN_COLOUR = dict(views=WIDE["views"], relabel=False, cached_views=8)
 RACERS_IN_COLOUR = dict(
     dafl=dict(source=f"dafl(width=32,rate=0.001,even=20.0,{PIXELS})", temperature=20),
