@@ -71,12 +71,12 @@ def _like(
 def estimate(
     runs: list[Run],  # any runs
     records: list[dict] = (),  # finished runs to learn from
-    device: str = "cpu",  # where a probe runs
+    device: str = "cpu",  # where they are to run, and a probe does
 ) -> list[float | None]:  # seconds for each run, on one core if measured there; None: not measured
-    "Predicted seconds, from like runs that are recorded or from a probe, where that is cheap."
+    "Predicted seconds, from like runs that are recorded on such a device or from a probe, where that is cheap."
     pace, probed = {}, {}
     for r in records:
-        if r["status"] == "done":
+        if r["status"] == "done" and r.get("machine", {}).get("device", "cpu") == torch.device(device).type:
             spent = sum(v for stage, v in r["seconds"].items() if stage != "teacher")
             pace.setdefault(_like(r["config"]), []).append(spent / r["results"]["updates"])
     for run in runs:

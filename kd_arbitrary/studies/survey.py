@@ -55,8 +55,8 @@ def read_survey(
     results: Path,  # the folder with a folder of records a grid
 ) -> tuple[pd.DataFrame, dict[str, dict]]:  # of `grid_frame`; records by key
     """Every run of a grid, with `given` (the target itself teaches), `kind`, `text` (the source as configured),
-    `source` (its name, and how it is seen), `pair` (teacher → student), `minutes` (for set and steps, cached views
-    not counted, of processor time where that was taken) and `held` (share of held-out images of which the student says
+    `source` (its name, and how it is seen), `pair` (teacher → student), `minutes` (for set and steps on a
+    processor, cached views not counted, of its time where that was taken; NaN on a GPU) and `held` (share of held-out images of which the student says
     in the end what the teacher says)."""
     records = {r["key"]: r for r in read_records(Path(results) / grid)}
     f = grid_frame(GRIDS[grid](), records.values())
@@ -64,8 +64,10 @@ def read_survey(
     note = np.where(f.teacher_bn == "batch", ", batch statistics", "")
     note = note + np.where(asked & ~given & (~asked & ~given).any(), ", every view asked about", "")
     views = f.reindex(columns=["cpu_views"]).cpu_views.astype(float).fillna(0.0)
+    minutes = (f.cpu.astype(float) - views).fillna(f.seconds) / 60
+    on_card = f.reindex(columns=["machine_accelerator"]).machine_accelerator.notna()
     f = f.assign(given=given, kind=f.kind.where(~given, "reference"), text=f.source,
-                 source=f.source.map(named) + note, minutes=(f.cpu.astype(float) - views).fillna(f.seconds) / 60,
+                 source=f.source.map(named) + note, minutes=minutes.mask(on_card),
                  pair=f.teacher.map(NETWORKS) + " → " + f.student.map(NETWORKS),
                  held=[_last(records.get(key, {})).get("agreement") for key in f.key])
     return f, records
