@@ -56,8 +56,8 @@ def read_survey(
 ) -> tuple[pd.DataFrame, dict[str, dict]]:  # of `grid_frame`; records by key
     """Every run of a grid, with `given` (the target itself teaches), `kind`, `text` (the source as configured),
     `source` (its name, and how it is seen), `pair` (teacher → student), `minutes` (for set and steps on a
-    processor, cached views not counted, of its time where that was taken; NaN on a GPU) and `held` (share of held-out images of which the student says
-    in the end what the teacher says)."""
+    processor, cached views not counted, of its time where that was taken; NaN on a GPU) and `held` (share of held-out
+    images of which the student says in the end what the teacher says)."""
     records = {r["key"]: r for r in read_records(Path(results) / grid)}
     f = grid_frame(GRIDS[grid](), records.values())
     given, asked = f.source.isin(GIVEN), f.relabel.astype(bool)
