@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLUMNS', 'FATES', 'STUDENT_COST', 'SETTING', 'NEARBY', 'source_kind', 'records_frame', 'usable',
-           'only_seeds', 'results_table', 'grid_frame', 'markdown', 'spearman', 'typical', 'reached', 'reached_text']
+           'only_seeds', 'results_table', 'grid_frame', 'markdown', 'on_one_clock', 'spearman', 'typical', 'reached',
+           'reached_text']
 
 # %% ../../nbs/studies/08_tables.ipynb #tables-imports
 from collections.abc import Iterable
@@ -183,6 +184,16 @@ def markdown(
         last = key[0]
         lines.append("| " + " | ".join(str(cell).replace("*", r"\*") for cell in [*shown, *row]) + " |")
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(names) + "---:|" * len(table.columns), *lines])
+
+# %% ../../nbs/studies/08_tables.ipynb #tables-clock
+def on_one_clock(
+    frame: pd.DataFrame,  # of `records_frame` or `grid_frame`
+) -> pd.DataFrame:  # the same rows
+    "Times of the kind of processor that made most of the runs; NaN for those of another, which do not compare."
+    maker = frame.get("machine_processor", pd.Series(index=frame.index, dtype=object))
+    other = maker.notna() & ~maker.isin(maker.mode()[:1])
+    times = [c for c in frame if c == "cpu" or c.startswith(("cpu_", "seconds"))]
+    return frame.assign(**{c: frame[c].mask(other) for c in times})
 
 # %% ../../nbs/studies/08_tables.ipynb #tables-spearman
 def spearman(
