@@ -37,7 +37,7 @@ from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, def
                                              settings, table)
 from .studies.jobs import execute_job
 from .studies.facts import PAID, unusable
-from .studies.own import FASTEST, USUALLY, Job, check_job, check_priced, job_teacher, planned
+from .studies.own import FASTEST, IMAGES, USUALLY, Job, check_job, check_priced, job_teacher, planned
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
@@ -158,9 +158,10 @@ def kd_distill(
                                    f"in colour {COLOURED}")] = None,
     balance: Annotated[str | None,
                        _unsaid("How classes are made equally frequent: {balance}",
-                               "fill; repeat for a black box")] = None,
+                               "fill; for a black box repeat, within a budget uncertain")] = None,
     n: Annotated[int | None,
-                 _sized("Images in the transfer set", "n", "; all there are for original and labels")] = None,
+                 _sized("Images in the transfer set", "n", "; all there are for original and labels; "
+                        f"{IMAGES:,} or all there are for a teacher of your own")] = None,
     few: Annotated[int | None,
                    _unsaid("Also teach with so many images, each asked about once; 0: not",
                            f"{FEW['digits']} for digits where --n is not said, else 0", min=0)] = None,
@@ -182,7 +183,8 @@ def kd_distill(
                                "or, for a target, its network: {teacher}", "the target's recipe")] = None,
     teacher_seed: Annotated[int, _said("teacher_seed")] = Run.teacher_seed,
     teacher_bn: Annotated[str, _said("teacher_bn")] = Run.teacher_bn,
-    student: Annotated[str | None, _said("student", ", as for --teacher")] = Run.student,
+    student: Annotated[str | None, _unsaid("Network of the student, as for --teacher",
+                       "the target's recipe; for your own teacher lenet5_half, or wrn16_1 in colour")] = Run.student,
     init: Annotated[str, _said("init")] = Run.init,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help=_said("bfloat16").help)] = Run.bfloat16,
     limit: Annotated[int | None, _said("limit")] = Run.limit,
@@ -200,7 +202,7 @@ def kd_distill(
                     _unsaid("A folder with a sub-folder of pictures for each class, to judge that student by",
                             "none")] = None,
     out: Annotated[Path | None, _unsaid("Folder for all results; a run that is unfinished there goes on",
-                                        "kd_out/TARGET-SOURCE-BALANCE-seedSEED")] = None,
+                                        "kd_out/TARGET-SOURCE-BALANCE-seedSEED, or kd_out/TEACHER")] = None,
     root: Root = None,
     device: Device = "auto",
     threads: Annotated[int | None,

@@ -167,7 +167,7 @@ def _read_header(
         n, first = int.from_bytes(f.read(8), "little"), f.read(1)
         plausible = first in (b"{", b"") and n < 1 << 27
         if plausible and size < 8 + max(n, 1):
-            raise ValueError(f"{path} is truncated: {size} bytes; copy or make it again")
+            raise ValueError(f"{path} is truncated: {size} bytes; delete it, then copy or make it again")
         raw = first + f.read(n - 1) if plausible else b""
     try:
         header = json.loads(raw)
@@ -183,7 +183,7 @@ def _read_header(
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path} is foreign: kd_arbitrary did not write it, or its header is damaged") from None
     if isinstance(end, int) and size < 8 + n + end:
-        raise ValueError(f"{path} is truncated: {size} of {8 + n + end} bytes; copy or make it again")
+        raise ValueError(f"{path} is truncated: {size} of {8 + n + end} bytes; delete it, then copy or make it again")
     return ours, 8 + n
 
 

@@ -1,6 +1,6 @@
 """Grids through real executors, and what can happen to them: a killed worker, two processes at once, a full disk."""
 import os, pickle, signal, time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +43,22 @@ def test_a_process_pool_does_the_same(root, reference, tmp_path, pool):
     records = run_grid(GRID, tmp_path, root=root, executor=pool, threads=1, show=False)
     assert outcome(records) == outcome(reference)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted(f"{run.key}.json" for run in GRID)
+
+
+def test_workers_of_another_folder_write_where_they_are_told(root, reference, tmp_path, monkeypatch):
+    (here := tmp_path / "here").mkdir(), (there := tmp_path / "there").mkdir()
+    monkeypatch.chdir(here)
+    with ProcessPoolExecutor(1, mp_context=CONTEXT, initializer=os.chdir, initargs=(there,)) as away:
+        records = run_grid(GRID[:1], "records", root=os.path.relpath(root), work="unfinished", executor=away, threads=1, show=False)
+    assert outcome(records) == outcome(reference)[:1] and (here / "records" / f"{GRID[0].key}.json").exists() and not list(there.iterdir())
+
+
+def test_a_record_that_lies_elsewhere_is_told(tmp_path):
+    class Elsewhere(ThreadPoolExecutor):
+        "A worker on another machine: it says done, and nothing is seen here."
+        def submit(self, f, *args): return super().submit(lambda: "done")
+    with Elsewhere(1) as away, pytest.warns(UserWarning, match=r"1 runs were lost.*FileNotFoundError.*workers must share a file system"):
+        assert run_grid(GRID[:1], tmp_path, executor=away, show=False) == []
 
 
 def test_a_killed_worker_loses_only_what_it_was_doing(root, tmp_path, pool):

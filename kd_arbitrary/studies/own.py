@@ -41,7 +41,8 @@ class Job(Lesson, Balancing):
                                 unsaid="strokes and noise, in colour programs, leaves, objects and spectra; "
                                        "or the images given")
     n: int | None = option(None, "Images in the transfer set", unsaid="20,000, or all there are")
-    balance: str | None = option(None, "How classes are made equally frequent", unsaid="fill; repeat for a black box")
+    balance: str | None = option(None, "How classes are made equally frequent",
+                                 unsaid="fill; for a black box repeat, within a budget uncertain")
     lr: float | None = option(None, "Peak learning rate",
                               unsaid="0.01, less for wide students, more with batch norm: see usual_rate")
     student: str | None = option(None, "Network of the student: one of ours, torchvision:NAME, timm:NAME",

@@ -183,11 +183,17 @@ def _captured(f, *args):
     except Exception as e: return e
 
 
+def _unseen(folder: Path) -> FileNotFoundError:
+    "A worker said that it had done a run, and its record is not there."
+    return FileNotFoundError(f"its record, which a worker wrote where {folder} is another folder; "
+                             "workers must share a file system with whoever starts the grid")
+
+
 def run_grid(
     runs: list[Run],  # what to do; a run that is listed twice is done once
-    folder: str | Path,  # for the records
+    folder: str | Path,  # for the records; all workers must see it
     *,
-    root: str | Path | None = None,  # data root
+    root: str | Path | None = None,  # data root; None: as each worker is set
     executor: Executor | None = None,  # who does the work; processes, not threads; None: this process
     work: str | Path | None = None,  # for the checkpoints of unfinished runs; None: .work below the folder
     threads: int | None = None,  # PyTorch's threads in each worker; None: as it is
@@ -195,8 +201,9 @@ def run_grid(
     show: bool = True,  # a progress bar over the grid
 ) -> list[dict]:  # the records there are afterwards, in the order of the runs
     "Do all runs that have no record yet; start it again to go on, or on another machine to help."
-    runs, folder, lost = list({run.key: run for run in runs}.values()), Path(folder), []
-    work = Path(work) if work else _locks(folder)
+    # absolute: a worker may have been started in another folder
+    runs, folder, lost = list({run.key: run for run in runs}.values()), Path(folder).absolute(), []
+    work, root = Path(work).absolute() if work else _locks(folder), Path(root).absolute() if root else None
     there = {r["key"]: r for r in read_records(folder)}
     pending = [run for run in runs if there.get(run.key, {}).get("status") != "done"]
     with progress(None, folder.name, len(runs), show, initial=len(runs) - len(pending)) as bar:
@@ -205,6 +212,7 @@ def run_grid(
             bar.update()
             bar.set_postfix_str(f"{run}: {outcome if isinstance(outcome, str) else 'lost'}")
             if isinstance(outcome, BaseException): lost.append((run, outcome))
+            elif outcome == "done" and not find_record(folder, run): lost.append((run, _unseen(folder)))
     if lost:
         run, e = lost[0]
         warnings.warn(f"{len(lost)} runs were lost, the first ({run}) to {type(e).__name__}: {e}; "

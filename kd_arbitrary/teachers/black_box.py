@@ -81,7 +81,7 @@ class Ledger:
             paid = self._paid(db)
             if self.budget is not None and paid + n > self.budget:
                 raise BudgetError(f"the budget of {self.budget:,} questions is spent: {paid:,} were asked, "
-                                  f"{n:,} more are needed; all answers are kept in {self.path}")
+                                  f"and {n:,} more would be; all answers are kept in {self.path}")
             db.execute("INSERT INTO paid VALUES (?, ?) ON CONFLICT(teacher) DO UPDATE SET images = images + ?",
                        (self.identity, n, n))
 

@@ -314,6 +314,7 @@ def of_file(
     "Something callable of a Python file."
     path, _, name = str(spec).rpartition(":")
     if not path or not Path(path).is_file():
+        if Path(spec).is_file(): raise ValueError(f"{spec} is a file, and nothing in it is named; expected {spec}:NAME")
         raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
     sys.path.insert(0, folder := str(Path(path).resolve().parent))  # where it finds its neighbours, as if it were run
