@@ -49,7 +49,7 @@ def workers(
                              "install it with: pip install distributed") from None
         local = dict(n_workers=count, threads_per_worker=1, dashboard_address=None)
         with Client(scheduler) if scheduler else Client(**local) as client:
-            if plugins: client.run(_load_plugins, plugins)
+            if plugins: client.run(_load_plugins, [path.absolute() for path in plugins])
             yield client.get_executor()
 
 
