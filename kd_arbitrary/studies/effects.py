@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'ENOUGH', 'STUDIED', 'roles', 'gains', 'quotable', 'below_zero', 'cells', 'widest', 'Effect', 'mixed_effect',
-           'mixed_slope', 'cluster_bootstrap', 'over_teachers', 'lead_over', 'budget_for', 'saved', 'at_equal',
-           'gained', 'gained_text']
+           'mixed_slope', 'within_slope', 'cluster_bootstrap', 'over_teachers', 'lead_over', 'budget_for', 'saved',
+           'at_equal', 'gained', 'gained_text']
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-imports
 import warnings
@@ -121,17 +121,32 @@ def _mixed(
     except ImportError:
         raise ValueError("a mixed model needs the package statsmodels; "
                          "install it with: pip install statsmodels") from None
-    data = pairs.assign(one=0, cell=pairs.target + pairs.role, teacher=pairs.target + pairs.teacher_seed.astype(str))
-    parts = {name: f"0 + C({column})"
-             for name, column in dict(source="role", target="target", teacher="teacher", cell="cell").items()
-             if 1 < data[column].nunique() < len(data) and (name != "cell" or data.target.nunique() > 1)}
+    data = pairs.assign(one=0, source=pairs.role, cell=pairs.target + pairs.role,
+                        teacher=pairs.target + pairs.teacher_seed.astype(str))
+    many = {name: data[name].nunique() for name in ("source", "target", "teacher", "cell")}
+    parts = {name: f"0 + C({name})" for name, n in many.items() if 1 < n < len(data)}
+    if many["teacher"] == many["target"]: parts.pop("teacher", None)  # one a target: they cannot be told apart
+    if many["cell"] in (many["source"], many["target"]): parts.pop("cell", None)
     fitted = lambda parts: MixedLM.from_formula(formula, groups="one", vc_formula=parts,
-                                                data=data).fit(method=["lbfgs", "powell"])
+                                                data=data).fit(method=["powell", "lbfgs"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a part whose variance is zero lies on the border, and is told so
         try: return fitted(parts)
-        except np.linalg.LinAlgError:  # so few cells that they can hardly be told from sources
+        except np.linalg.LinAlgError:  # so few runs that the search comes to where cells cannot be told from the rest
             return fitted({name: part for name, part in parts.items() if name != "cell"})
+
+
+def _error(
+    fit,  # of `_mixed`
+    name: str,  # of the fixed part that is asked about
+) -> float:
+    "Its standard error by generalised least squares, the variances taken as they were fitted."
+    x = np.asarray(fit.model.exog)
+    covariance = fit.scale * np.eye(len(x))
+    for variance, (z,) in zip(fit.vcomp, fit.model.exog_vc.mats): covariance += max(0.0, variance) * z @ z.T
+    inverse = np.linalg.inv(x.T @ np.linalg.solve(covariance, x))
+    at = fit.model.exog_names.index(name)
+    return float(inverse[at, at] ** 0.5)
 
 
 def _effect(
@@ -139,14 +154,10 @@ def _effect(
     name: str,  # of the fixed part that is asked about
     freedom: int,  # degrees of freedom of Student's distribution
     counts: dict,  # of `_counts`
-    otherwise: float,  # standard error where the model gives none
 ) -> Effect:
     "A fixed part of a fitted model with its 95 % interval."
     from scipy.stats import t
-    with np.errstate(invalid="ignore"):  # a variance below zero, by rounding
-        mean, error = float(fit.fe_params[name]), float(fit.bse_fe[name])
-    if not np.isfinite(error): error = otherwise
-    half = float(t.ppf(0.975, freedom) * error)
+    mean, half = float(fit.fe_params[name]), float(t.ppf(0.975, freedom) * _error(fit, name))
     spread = (dict(zip(fit.model.exog_vc.names, np.sqrt(np.maximum(fit.vcomp, 0)).tolist()))
               | dict(rest=float(np.sqrt(fit.scale))))
     return Effect(mean, mean - half, mean + half, **counts, spread=spread)
@@ -157,25 +168,45 @@ def mixed_effect(
 ) -> Effect:
     "The effect by a mixed model with source, target, teacher and cell as random parts."
     counts = _counts(pairs)
-    fit = _mixed(pairs, "gain ~ 1")
-    return _effect(fit, "Intercept", counts["sources"] - 1, counts,
-                   pairs.groupby("role").gain.mean().std() / counts["sources"] ** 0.5)
+    return _effect(_mixed(pairs, "gain ~ 1"), "Intercept", counts["sources"] - 1, counts)
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-slope
+def _cell_means(
+    pairs: pd.DataFrame,  # of `gains`, of one way
+    on: str,  # a column
+) -> pd.DataFrame:  # one row a cell: target, role, x, gain
+    "What a slope rests on; refuses what is too little for one."
+    cells = pairs.groupby(["target", "role"], as_index=False)[[on, "gain"]].mean().rename(columns={on: "x"})
+    if len(cells) < 3:
+        raise ValueError(f"a slope over cells of target and source needs at least 3 of them, got {len(cells)}")
+    if cells.x.nunique() < 2: raise ValueError(f"every set has the same {on}, {cells.x.iloc[0]}: no slope")
+    return cells
+
+
 def mixed_slope(
     pairs: pd.DataFrame,  # of `gains`, of one way, with a column for the property
     on: str,  # the column: a number that each set has before it is balanced
 ) -> Effect:  # its mean is points gained for each unit of the property
     "How the gain goes with a property of the set, by the mixed model; at least three cells (target and source)."
-    from scipy.stats import linregress
-    cells = pairs.groupby(["target", "role"])[[on, "gain"]].mean()
-    if len(cells) < 3:
-        raise ValueError(f"a slope over cells of target and source needs at least 3 of them, got {len(cells)}")
-    if cells[on].nunique() < 2: raise ValueError(f"every set has the same {on}, {cells[on].iloc[0]}: no slope")
-    fit = _mixed(pairs.assign(x=pairs[on]), "gain ~ x")
+    cells = _cell_means(pairs, on)
+    counts = _counts(pairs)
     counts = _counts(pairs)
     freedom = max(1, len(cells) - counts["sources"] - pairs.target.nunique())  # of a slope within sources and targets
-    return _effect(fit, "x", freedom, counts, linregress(cells[on], cells.gain).stderr)
+    return _effect(_mixed(pairs.assign(x=pairs[on]), "gain ~ x"), "x", freedom, counts)
+
+
+def within_slope(
+    pairs: pd.DataFrame,  # of `gains`, of one way, with a column for the property
+    on: str,  # the column: a number that each set has before it is balanced
+) -> Effect:  # as `mixed_slope`
+    "The slope within sources and targets alone: each has a level of its own, and cells are what is counted."
+    from statsmodels.formula.api import ols
+    cells = _cell_means(pairs, on)
+    fit = ols("gain ~ x + C(role) + C(target)", cells).fit()
+    if fit.df_resid < 1:
+        raise ValueError(f"{len(cells)} cells are too few for a slope beside a level for each source and target")
+    low, high = fit.conf_int().loc["x"]
+    return Effect(float(fit.params["x"]), float(low), float(high), **_counts(pairs), spread={})
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-boot
 def cluster_bootstrap(

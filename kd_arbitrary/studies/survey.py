@@ -158,11 +158,12 @@ def best_text(
     rows: pd.DataFrame,  # finished runs
 ) -> str:
     "The best of the cells that have most runs, as bold text, and among how many."
-    cells = [(cell, g) for cell, g in rows.groupby(["source", "balance"], sort=False)]
+    cells = list(rows.groupby(["source", "balance"], sort=False))
     most = max(len(g) for _, g in cells)
-    cells = [(cell, g) for cell, g in cells if len(g) == most]
-    (source, way), cell = max(cells, key=lambda g: g[1].accuracy.mean())
-    among = f" (the best of {len(cells)} cells)" if len(cells) > 1 else ""
+    often = [(cell, g) for cell, g in cells if len(g) == most]
+    (source, way), cell = max(often, key=lambda g: g[1].accuracy.mean())
+    rare = f", {len(cells) - len(often)} of them with fewer runs" if len(often) < len(cells) else ""
+    among = f" (the best of {len(cells)} cells{rare})" if len(cells) > 1 else ""
     return f"{accuracy_text(cell)}**, from {source}, {WAYS[way]}{among}"
 
 
@@ -191,17 +192,21 @@ def rates_table(
 
 # %% ../../nbs/studies/16_survey.ipynb #survey-bounds
 def bounds_text(
-    f: pd.DataFrame,  # finished runs of `read_survey`, one pair of networks
+    f: pd.DataFrame,  # finished runs of `read_survey`, one pair of networks, at one peak rate or several
 ) -> str:
     "What the references reach, and what is open if the labels teach more than the teacher's answers."
     told, labelled = (f[f.text == source] for source in GIVEN)
     if not len(told): return "The student on the original images is not run: its bound is not known."
-    text = f"The original images teach {accuracy_text(told)} by the teacher's answers"
+    at = {lr: g for lr, g in told.groupby("lr")}
+    reached = (accuracy_text(g) + f" at a peak rate of {lr:g}" * (len(at) > 1) for lr, g in at.items())
+    text = f"The original images teach {' and '.join(reached)} by the teacher's answers"
     if not len(labelled): return text + "."
     text += f", {accuracy_text(labelled)} by their labels"
-    if labelled.accuracy.mean() <= told.accuracy.mean(): return text + "."
-    return text + (": better images alone would not close the gap. The two lessons differ in optimiser and rate, loss, "
-                   "views and what is held out; these runs do not tell which of these costs the points.")
+    beyond = 100 * (labelled.accuracy.mean() - max(g.accuracy.mean() for g in at.values()))
+    if beyond <= 0: return text + "."
+    return text + (f": {beyond:.1f} points{', by that one run,' * (len(labelled) == 1)} that better images alone would "
+                   "not bring. The two lessons differ in optimiser and rate, loss, views and what is held out; these "
+                   f"runs do not tell which of these costs {'the rest' if len(at) > 1 else 'the points'}.")
 
 
 def noise_text(
