@@ -298,16 +298,22 @@ def fingerprint(
 def recalibrate(
     model: nn.Module,  # its batch-norm statistics are replaced, in place
     images: Tensor,  # [N, C, H, W] unlabelled images like those it will meet
-    batch_size: int = 512,  # images at a time; the statistics are the mean over batches
+    batch_size: int = 512,  # images at a time; the statistics are the mean over batches; one that is left joins the last
     device: str = "cpu",  # where the model is
 ) -> nn.Module:  # the same model, in inference mode
     "Set the batch-norm statistics of a network to those of the given images."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms: return model.eval()
+    if min(len(images), batch_size) < 2:
+        raise ValueError(f"statistics need batches of at least 2 images, got {len(images)} in batches of {batch_size}")
+    ends = [*range(batch_size, len(images) - 1, batch_size), len(images)]
     momenta = [m.momentum for m in norms]
     model.eval()
     for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-    with torch.no_grad():
-        for x in images.split(batch_size): model(to_float(x.to(device)))
-    for m, momentum in zip(norms, momenta): m.momentum = momentum
-    return model.eval()
+    try:
+        with torch.no_grad():
+            for begin, end in zip([0, *ends], ends): model(to_float(images[begin:end].to(device)))
+    finally:
+        for m, momentum in zip(norms, momenta): m.momentum = momentum
+        model.eval()
+    return model

@@ -41,7 +41,7 @@ N = 60_000  # images in a transfer set where nothing is said
 GIVEN = ("original", "labels")  # sources that are the target itself
 # target -> (training images, shape, classes): what must be known before any file is read
 SIZES = Facts(TARGETS, "size")
-OWN = Facts(TARGETS, "own")  # target -> natural sources of the same classes
+OWN = Facts(TARGETS, "own")  # target -> natural sources with images of the same file
 # fields that older records lack -> the neutral value
 LATER = dict(updates=None, smooth=0.0, imbalance=1.0, missing=0, impressed=1.0, ahead=0, init="random",
              gives="logits")

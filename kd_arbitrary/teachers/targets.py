@@ -110,7 +110,7 @@ def cifar10(
     return _target("cifar10", labelled("cifar10", root, download))
 
 
-@TARGETS.add(size=(50_000, (3, 32, 32), 100),
+@TARGETS.add(size=(50_000, (3, 32, 32), 100), own=("cifar100_unrelated",),
              recipe=dict(arch="wrn40_2", half="wrn16_2", epochs=60, batch_size=128, lr=4e-3, views="crop+flip",
                          weight_decay=1e-2, bfloat16=True))
 def cifar100(
