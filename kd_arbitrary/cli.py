@@ -334,8 +334,8 @@ def kd_diagnose(
                               "made by the teacher's gradients: {made}; or a weighted sum",
                               f"{MIXTURE}; in colour {COLOURED}")] = None,
     n: Annotated[int | None, _unsaid("Images in the set that is planned", "20,000, or all there are", min=1)] = None,
-    sample: Annotated[int | None, _unsaid("Images to look at", "2,000, fewer where they are large, a tenth of a "
-                                          "budget", min=1)] = None,
+    sample: Annotated[int | None, _unsaid("Images to look at", "2,000, more for hundreds of classes, fewer where "
+                                          "they are large, a tenth of a budget", min=1)] = None,
     described: dict | None = None,
     ledger: Annotated[Path | None, _unsaid("File with the answers of a black box, to pay for none twice",
                                            "kd_out/TEACHER/answers.sqlite for a service or with a budget, "

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -186,8 +187,10 @@ def _write_onnx(model, images, path, classes):
     "An ONNX file, and its answers."
     need("onnxruntime", "onnx")
     onnx = need("onnx", "onnx")
-    torch.onnx.export(model, (images,), str(path), dynamo=False, input_names=["images"], output_names=["logits"],
-                      dynamic_axes=dict(images={0: "n"}, logits={0: "n"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                       # whether it answers alike is looked at
+        torch.onnx.export(model, (images,), str(path), dynamo=False, input_names=["images"], output_names=["logits"],
+                          dynamic_axes=dict(images={0: "n"}, logits={0: "n"}))
     made = onnx.load(str(path))
     entry = made.metadata_props.add()
     entry.key, entry.value = "classes", json.dumps(list(classes))
