@@ -260,7 +260,9 @@ def _names(text: str | None) -> tuple[str, ...] | int | None:
     if text.startswith("["):
         try: return tuple(map(str, json.loads(text)))
         except ValueError as e: raise ValueError(f"--classes is no JSON list of names: {e}") from None
-    if os.path.isfile(text): return tuple(line.strip() for line in Path(text).read_text().splitlines() if line.strip())
+    if os.path.isfile(text):
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()       # a mark at its beginning is no name
+        return tuple(line.strip() for line in lines if line.strip())
     return tuple(t.strip() for t in text.split(","))
 
 

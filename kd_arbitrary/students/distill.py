@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports-core
-from ..core import ALONE, Alone, digest, generator, need_memory, option, takes, to_float, to_stored
+from kd_arbitrary.core import (
+    ALONE, Alone, digest, generator, has_bfloat16, need_memory, option, takes, to_float, to_stored,
+)
 from ..html import html_facts, html_line, html_panels
 from ..pictures.views import make_views
 from .losses import LOSSES
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
-from ..teachers.training import fit, predict
+from ..teachers.training import channels_last, fit, predict
 from ..transfer.balance import memory_needed
 from ..transfer.collect import Blocks, blocks_of, priced
 from ..transfer.sets import TransferSet, identities
@@ -260,12 +262,16 @@ def distill(
     if outputs != len(teacher.classes):
         raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
                          "make it with as many")
+    narrow = settings.bfloat16 and has_bfloat16(device)
+    if narrow and not channels_last(student, transfer.images, device):
+        raise ValueError("the student fails with channels-last weights, which bfloat16 needs here: in its forward, "
+                         "flatten by x.flatten(1) in place of x.view(len(x), -1), or leave out bfloat16 (--bfloat16)")
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
     with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
         folder = blocks_of(checkpoint) if checkpoint and teacher.module is not None else None
         taught = _material(asked, transfer, settings, relabel, device, Blocks(folder, asked), ranks)
         # as `fit` does with the student
-        if settings.bfloat16 and teacher.module is not None: asked.module.to(memory_format=torch.channels_last)
+        if narrow and teacher.module is not None: channels_last(asked.module, transfer.images, teacher.device)
         config = ({} if checkpoint is None
                   else _config(taught, settings) | (dict(frozen=True) if asked is not teacher else {}))
         run = fit(student, taught.loss_of, len(taught.rows), weights=taught.weights, measure=taught.measure,

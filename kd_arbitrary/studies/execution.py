@@ -69,11 +69,16 @@ def locked(
 ) -> Iterator[None]:
     "A block in which nobody else works in a folder."
     if not together.first: return (yield)
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try: lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process is working in {out}; wait for it or name another --out") from None
-    with lock: yield
+    with lock:
+        try: yield
+        finally:
+            if new and [p.name for p in out.iterdir()] == [".lock"]:          # nothing was begun
+                with suppress(OSError): (out / ".lock").unlink(), out.rmdir()
 
 # %% ../../nbs/studies/03_execution.ipynb #experiment-original
 def original(

@@ -9,6 +9,7 @@ __all__ = ['EXPORTS', 'execute_job', 'labelled_folders', 'evaluate_folder', 'rea
 import json
 import math
 import time
+import unicodedata
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def execute_job(
         said = dict(ledger=ledger, root=root, strict=strict, n=wanted if wanted != job.n else None) | (said or {})
         record |= _before(out, record) | dict(said=kept_options(said))
         if ranks.first: _keep(out, record, student, code)
-    if tested: record["test"] = dict(folder=str(test)) | _evaluated(student, tested, teacher)
+    if tested:
+        record["test"] = dict(folder=str(test)) | _evaluated(student, tested, teacher)
+        record["paid"] = _paid(teacher)  # what the test asked is paid for, too
     if ranks.first: _files(out, record, student, export)
     return record
 
@@ -196,6 +199,13 @@ def _taught(
                    checkpoint=out / "checkpoint.safetensors", show=show, ranks=ranks)
 
 # %% ../../nbs/studies/14_jobs.ipynb #job-tell
+def _paid(
+    teacher: Teacher,
+) -> int | None:  # None: its questions have no price
+    "Images that were sent to a black box so far."
+    return teacher.box.ledger.paid if hasattr(teacher, "box") else None
+
+
 def _told(
     job: Job,  # settled
     teacher: Teacher,
@@ -214,7 +224,7 @@ def _told(
     return Record(job=asdict(job), finished=now(), teacher=who,
                   student=dict(arch=job.student, parameters=count_parameters(taught.student)),
                   agreement=taught.history[-1].get("agreement"), queries=report["queries"] + taught.queries,
-                  paid=teacher.box.ledger.paid if hasattr(teacher, "box") else None,
+                  paid=_paid(teacher),
                   set=diagnose(ts), report=report, updates=taught.updates, seconds=round(seconds, 2),
                   stages=stages, peak_memory_mb=peak_memory_mb(),
                   history=thinned(taught.history), versions=versions(), code=code_version(), machine=machine(),
@@ -296,7 +306,10 @@ def labelled_folders(
                                                   f"class: {names} (--test)")
     if not path.is_dir(): raise ValueError(f"{path} is a file; unpack it if it is an archive, and name the folder with "
                                            f"a folder for each class: {names} (--test)")
-    folders = {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    one_way = lambda name: unicodedata.normalize("NFC", name)                 # an accent apart or not: file systems differ
+    called = {one_way(name): name for name in teacher.classes}
+    folders = {called.get(one_way(p.name), p.name): p for p in sorted(path.iterdir())
+               if p.is_dir() and not p.name.startswith(".")}
     if not folders: raise FileNotFoundError(f"{path} has no sub-folders; expected one for each class: {names}")
     if twice := sorted(name for name in folders if teacher.classes.count(name) > 1):
         raise ValueError(f"several classes are called {', '.join(twice[:5])}, so {path} does not say which is meant; "

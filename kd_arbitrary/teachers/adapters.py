@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-imports-core
 from ..core import generator
 from .formats import ADAPTERS  # noqa: F401, the last page of kinds: all have entered it
-from .specs import Found, find
+from .specs import Found, find, in_short
 from .teacher import GIVES, Teacher, check_answer, off_one, rounded, tensor_of
 
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-prepare
@@ -93,6 +93,28 @@ QUESTION = 2  # images of the first question, by which a teacher is got to know
 ANSWERS = (*GIVES, "top")  # what a teacher may be said to give; "top": ordered labels
 
 
+class _To(nn.Module):
+    "Numbers of another format."
+
+    def __init__(
+        self,
+        format: torch.dtype,  # of floating point
+    ):
+        super().__init__()
+        self.format = format
+
+    def forward(self, x: Tensor) -> Tensor: return x.to(self.format)
+
+
+def _in_its_format(
+    model: nn.Module,
+) -> list[nn.Module]:
+    "The network between conversions, if it computes in another format than float32; its first weight says so."
+    its = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    known = its in (torch.float16, torch.bfloat16, torch.float64)
+    return [_To(its), model, _To(torch.float32)] if known else [model]
+
+
 def _chain(
     found: Found,  # the model
     prepare: Prepare,  # goes before it
@@ -100,7 +122,10 @@ def _chain(
 ) -> nn.Module | Callable:
     "One network where the model is one, else one function that keeps the model's fingerprint and hint."
     if isinstance(found.model, nn.Module):
-        return nn.Sequential(prepare, found.model, *([after] if isinstance(after, nn.Module) else []))
+        last = [after] if isinstance(after, nn.Module) else []
+        chain = nn.Sequential(prepare, *_in_its_format(found.model), *last)
+        if found.code: chain.known_by = f" {found.code}"
+        return chain
     def ask(x): return (after or (lambda a: a))(tensor_of(found.model(prepare.to(x.device)(x))))
     for name in ("fingerprint", "hint", "__qualname__"):
         if hasattr(found.model, name): setattr(ask, name, getattr(found.model, name))
@@ -134,9 +159,11 @@ def load_teacher(
     if isinstance(ask, nn.Module): ask = ask.eval().to(device)
     else: device = "cpu"  # a function may know no other place
     front = wall(ask) if wall else ask
+    if hasattr(front, "ledger") and (said := front.ledger.gives): found.model.gives = said
     if front is not ask: front.accept = lambda answer: _understood(found, answer, gives, given, multi_label)
     answer = _first_answer(front, shape, device)
     gives, k = _understood(found, answer, gives, given, multi_label)
+    if hasattr(front, "ledger"): front.ledger.note(getattr(found.model, "gives", None))
     after = Shares(gives == "logits") if multi_label else (lambda a: from_top(a, k)) if gives == "top" else None
     if front is not ask: front.accept = lambda answer: _check_kind(answer, gives, k)
     elif gives == "top" and isinstance(ask, nn.Module):
@@ -147,7 +174,26 @@ def load_teacher(
                       "probabilities" if after else gives, device)
     teacher.queries = len(answer)
     if hasattr(front, "ledger"): teacher.box = front
+    if teacher.whitebox: _try_gradients(teacher)
     return teacher
+
+
+def _try_gradients(
+    teacher: Teacher,  # a network; what it is found out to be is noted
+) -> None:
+    "Whether a network has gradients to its images: one that computes without a graph, or in integers, has none."
+    images = _first_images(teacher.input_shape).to(teacher.device).requires_grad_()
+    try: teacher.differentiable = torch.autograd.grad(teacher._ask(images).sum(), images)[0].isfinite().any().item()
+    except Exception as e:                                                    # a network may raise anything
+        teacher.differentiable = False
+        warnings.warn(f"this network gives no gradients ({in_short(e, 80)}); it is asked as a black box", stacklevel=3)
+
+
+def _first_images(
+    shape: tuple[int, int, int],  # (C, H, W)
+) -> Tensor:  # [2, C, H, W] float32
+    "Two images of noise."
+    return torch.rand(QUESTION, *shape, generator=generator("first question"))
 
 
 def _shape(
@@ -259,7 +305,7 @@ def _first_answer(
     device: str | torch.device,  # where it runs
 ) -> Tensor:
     "What it says of two images of noise."
-    images = torch.rand(QUESTION, *shape, generator=generator("first question")).to(device)
+    images = _first_images(shape).to(device)
     if hasattr(ask, "ledger"): return ask(images).cpu()
     try:
         with torch.inference_mode(): answer = ask(images)

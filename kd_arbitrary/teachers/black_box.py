@@ -52,6 +52,7 @@ class Ledger:
             db.execute("CREATE TABLE IF NOT EXISTS answers (teacher TEXT, question BLOB, answer BLOB, shape TEXT, "
                        "PRIMARY KEY (teacher, question))")
             db.execute("CREATE TABLE IF NOT EXISTS paid (teacher TEXT PRIMARY KEY, images INTEGER)")
+            db.execute("CREATE TABLE IF NOT EXISTS said (teacher TEXT PRIMARY KEY, gives TEXT)")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -96,6 +97,21 @@ class Ledger:
     def left(self) -> float:
         "Images that may still be sent; infinity without a budget."
         return float("inf") if self.budget is None else max(0, self.budget - self.paid)
+
+    @property
+    def gives(self) -> str | None:  # one of `GIVES`; None: it did not say
+        "What the teacher called its answers."
+        with self._open() as db:
+            row = db.execute("SELECT gives FROM said WHERE teacher = ?", (self.identity,)).fetchone()
+        return row and row[0]
+
+    def note(
+        self,
+        gives: str | None,  # what the teacher called its answers; None: it does not say
+    ) -> None:
+        "Write that down for whoever reads the answers later."
+        if not isinstance(gives, str): return
+        with self._open() as db: db.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (self.identity, gives))
 
     def known(
         self,

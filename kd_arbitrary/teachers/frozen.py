@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..core import bfloat16_where, has_bfloat16
 from .networks import ConvPool, Normalize, PairNorm
 from .teacher import Teacher
+from .training import predict
 
 # %% ../../nbs/teachers/11_frozen.ipynb #frozen-trace
 class _Tracer(fx.Tracer):
@@ -176,6 +177,10 @@ def quick(
         yield teacher
         return
     fast = frozen(teacher, True)
+    try: predict(fast.module, torch.zeros(1, *teacher.input_shape), device=teacher.device)
+    except RuntimeError:                                                      # it does not run with channels last
+        yield teacher
+        return
     try: yield fast
     finally:
         teacher.queries += fast.queries

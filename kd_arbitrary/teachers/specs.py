@@ -32,6 +32,7 @@ class Found:
     fixed: bool = False  # it takes no other shape
     whole: bool = False  # it turns pixels in [0, 1] into bytes itself, and takes no other numbers
     trouble: str = ""  # what kept it from saying more
+    code: str = ""  # what tells a network's program from another with the same weights: a hash of its file
 
 
 ADAPTERS = Registry("kind of teacher")  # functions (what follows the kind in the specification, options) -> Found

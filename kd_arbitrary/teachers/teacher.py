@@ -8,6 +8,7 @@ __all__ = ['GIVES', 'tensor_of', 'off_one', 'rounded', 'check_answer', 'use_batc
 # %% ../../nbs/teachers/05_teacher.ipynb #teacher-imports
 import copy
 import hashlib
+import io
 from collections.abc import Callable
 
 import torch
@@ -107,6 +108,16 @@ def _still(
     return model
 
 
+def _bytes(
+    value,  # of a network's state
+) -> bytes:
+    "A weight as it lies in memory; what is no plain tensor, as torch writes it into a file."
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
+        return value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    torch.save(value, file := io.BytesIO())
+    return file.getvalue()
+
+
 class Teacher:
     "Anything that says what it sees in images, with its queries counted and its answers checked."
 
@@ -131,20 +142,21 @@ class Teacher:
         self.module = _still(model).to(device) if isinstance(model, nn.Module) else None
         if self.module is not None and bn == "batch": use_batch_statistics(self.module)
         self._ask = self.module or model
+        self.differentiable = self.module is not None  # `load_teacher` tries it
 
     @property
     def whitebox(self) -> bool:
         "Whether gradients with respect to the images can be had."
-        return self.module is not None and self.gives != "labels"
+        return self.module is not None and self.differentiable and self.gives != "labels"
 
     @property
     def fingerprint(self) -> str:
-        "16 hex digits that change when a weight does; for a function, what it says of itself, else its name."
+        """16 hex digits that change when a weight does, or the file of a network that is `known_by` one; for a
+        function, what it says of itself, else its name."""
         if self.module is None and hasattr(self._ask, "fingerprint"): return self._ask.fingerprint
         if self.module is None: return f"function {getattr(self._ask, '__qualname__', type(self._ask).__name__)}"
-        h = hashlib.sha256(f"{self.gives} {self.bn}".encode())
-        for name, t in self.module.state_dict().items():
-            h.update(name.encode() + t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        h = hashlib.sha256(f"{self.gives} {self.bn}{getattr(self.module, 'known_by', '')}".encode())
+        for name, value in self.module.state_dict().items(): h.update(name.encode() + _bytes(value))
         return h.hexdigest()[:16]
 
     def __call__(

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 # %% ../../nbs/transfer/05_balance.ipynb #balance-imports-core
 from kd_arbitrary.core import (
-    ALONE, Alone, Registry, bfloat16_where, generator, keep_freed, need_memory, option, progress, takes,
+    ALONE, Alone, Registry, bfloat16_where, generator, has_bfloat16, keep_freed, need_memory, option, progress, takes,
 )
 from ..pictures.sources import Source
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
-from ..teachers.training import ASKED, footprint
+from ..teachers.training import ASKED, channels_last, footprint
 from .collect import DRAWN, Blocks, Pool, blocks_of, collect
 from .push import check_ahead, impress, push, usual_smooth
 from .quotas import FillReport, quotas
@@ -223,7 +223,8 @@ def _nudged(
     if not work.short.any(): return
     how = work.settings
     smooth = usual_smooth(work.source.shape) if how.smooth is None else how.smooth
-    if how.bfloat16: work.teacher.module.to(memory_format=torch.channels_last)
+    if how.bfloat16 and has_bfloat16(work.teacher.device):
+        channels_last(work.teacher.module, torch.zeros(1, *work.source.shape), work.teacher.device)
     left = _fill(work.kept, work.spare, work.short, work.teacher, work.blocks, how.seed, work.show, smooth=smooth,
                  lasting=lasting, bfloat16=how.bfloat16, ahead=how.ahead, ranks=work.ranks)
     work.perturbed, work.short = work.short - left, left
