@@ -242,6 +242,23 @@ def _material(
                   ranks.count(spent["queries"]), making, ranks)
 
 
+def _check_student(
+    student: nn.Module,  # on the device
+    teacher: Teacher,
+    images: Tensor,  # of the set
+    narrow: bool,  # it computes in bfloat16
+    device: str,
+) -> None:
+    "Refuse a student that does not fit."
+    outputs = predict(student, images[:1], device=device).shape[1]
+    if outputs != len(teacher.classes):
+        raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
+                         "make it with as many")
+    if narrow and not channels_last(student, images, device):
+        raise ValueError("the student fails with channels-last weights, which bfloat16 needs here: in its forward, "
+                         "flatten by x.flatten(1) in place of x.view(len(x), -1), or leave out bfloat16 (--bfloat16)")
+
+
 @takes(Lesson)
 def distill(
     teacher: Teacher,  # who teaches
@@ -258,14 +275,8 @@ def distill(
     _refuse(teacher, transfer, settings)
     viewed = make_views(settings.views) is not None
     relabel = viewed and teacher.whitebox if settings.relabel is None else settings.relabel
-    outputs = predict(student.to(device), transfer.images[:1], device=device).shape[1]
-    if outputs != len(teacher.classes):
-        raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
-                         "make it with as many")
     narrow = settings.bfloat16 and has_bfloat16(device)
-    if narrow and not channels_last(student, transfer.images, device):
-        raise ValueError("the student fails with channels-last weights, which bfloat16 needs here: in its forward, "
-                         "flatten by x.flatten(1) in place of x.view(len(x), -1), or leave out bfloat16 (--bfloat16)")
+    _check_student(student.to(device), teacher, transfer.images, narrow, device)
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
     with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
         folder = blocks_of(checkpoint) if checkpoint and teacher.module is not None else None
@@ -304,7 +315,7 @@ def fingerprint(
 def recalibrate(
     model: nn.Module,  # its batch-norm statistics are replaced, in place
     images: Tensor,  # [N, C, H, W] unlabelled images like those it will meet
-    batch_size: int = 512,  # images at a time; the statistics are the mean over batches; one that is left joins the last
+    batch_size: int = 512,  # images at a time; statistics are means over batches; one left over joins the last
     device: str = "cpu",  # where the model is
 ) -> nn.Module:  # the same model, in inference mode
     "Set the batch-norm statistics of a network to those of the given images."

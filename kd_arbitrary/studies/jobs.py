@@ -73,9 +73,8 @@ def execute_job(
         said = dict(ledger=ledger, root=root, strict=strict, n=wanted if wanted != job.n else None) | (said or {})
         record |= _before(out, record) | dict(said=kept_options(said))
         if ranks.first: _keep(out, record, student, code)
-    if tested:
-        record["test"] = dict(folder=str(test)) | _evaluated(student, tested, teacher)
-        record["paid"] = _paid(teacher)  # what the test asked is paid for, too
+    if tested:  # what the test asks is paid for, too
+        record |= dict(test=dict(folder=str(test)) | _evaluated(student, tested, teacher)) | dict(paid=_paid(teacher))
     if ranks.first: _files(out, record, student, export)
     return record
 
@@ -306,7 +305,7 @@ def labelled_folders(
                                                   f"class: {names} (--test)")
     if not path.is_dir(): raise ValueError(f"{path} is a file; unpack it if it is an archive, and name the folder with "
                                            f"a folder for each class: {names} (--test)")
-    one_way = lambda name: unicodedata.normalize("NFC", name)                 # an accent apart or not: file systems differ
+    one_way = lambda name: unicodedata.normalize("NFC", name)                 # file systems set accents apart, or not
     called = {one_way(name): name for name in teacher.classes}
     folders = {called.get(one_way(p.name), p.name): p for p in sorted(path.iterdir())
                if p.is_dir() and not p.name.startswith(".")}

@@ -158,12 +158,11 @@ def load_teacher(
     ask, given = _chain(found, prepare, None), found.classes if classes is None else classes
     if isinstance(ask, nn.Module): ask = ask.eval().to(device)
     else: device = "cpu"  # a function may know no other place
-    front = wall(ask) if wall else ask
-    if hasattr(front, "ledger") and (said := front.ledger.gives): found.model.gives = said
+    front = _front(ask, found.model, wall)
     if front is not ask: front.accept = lambda answer: _understood(found, answer, gives, given, multi_label)
     answer = _first_answer(front, shape, device)
     gives, k = _understood(found, answer, gives, given, multi_label)
-    if hasattr(front, "ledger"): front.ledger.note(getattr(found.model, "gives", None))
+    _noted(front, found.model)
     after = Shares(gives == "logits") if multi_label else (lambda a: from_top(a, k)) if gives == "top" else None
     if front is not ask: front.accept = lambda answer: _check_kind(answer, gives, k)
     elif gives == "top" and isinstance(ask, nn.Module):
@@ -176,6 +175,25 @@ def load_teacher(
     if hasattr(front, "ledger"): teacher.box = front
     if teacher.whitebox: _try_gradients(teacher)
     return teacher
+
+
+def _front(
+    ask: nn.Module | Callable,  # the model with its preparation
+    model: nn.Module | Callable,  # without it
+    wall: Callable | None,  # as for `load_teacher`
+) -> nn.Module | Callable:
+    "What is asked: the model, or the wall before it, which knows what the model once called its answers."
+    front = wall(ask) if wall else ask
+    if hasattr(front, "ledger") and (said := front.ledger.gives): model.gives = said
+    return front
+
+
+def _noted(
+    front: nn.Module | Callable,  # of `_front`
+    model: nn.Module | Callable,  # it has answered
+) -> None:
+    "Keep what a service calls its answers beside them."
+    if hasattr(front, "ledger"): front.ledger.note(getattr(model, "gives", None))
 
 
 def _try_gradients(

@@ -275,7 +275,7 @@ class Onnx:
                                  "check input_shape (--input-shape)") from e
             if not isinstance(answer, np.ndarray):
                 raise ValueError(f"{self.path} answers with a {type(answer).__name__} first; expected an array of "
-                                 "scores or labels: leave out what its exporter puts before them (zipmap, for instance)")
+                                 "scores or labels: export it without what stands before them, as zipmap does")
             out.append(torch.from_numpy(answer)[: len(part)])
         return torch.cat(out)
 
