@@ -73,8 +73,7 @@ def execute_job(
         said = dict(ledger=ledger, root=root, strict=strict, n=wanted if wanted != job.n else None) | (said or {})
         record |= _before(out, record) | dict(said=kept_options(said))
         if ranks.first: _keep(out, record, student, code)
-    if tested:  # what the test asks is paid for, too
-        record |= dict(test=dict(folder=str(test)) | _evaluated(student, tested, teacher)) | dict(paid=_paid(teacher))
+    if tested: record |= _judged(test, student, tested, teacher)
     if ranks.first: _files(out, record, student, export)
     return record
 
@@ -344,6 +343,17 @@ def read_labelled(
     left_out = dict(count=sum(x.faults for x, _ in parts), pictures=[why for x, _ in parts for why in x.left_out])
     return (torch.cat([x.images for x, _ in parts]),
             torch.cat([torch.full((len(x.images),), c) for x, c in parts]), left_out)
+
+
+def _judged(
+    test: str | Path,  # the folder
+    model: nn.Module,  # the student
+    labelled: tuple[Tensor, Tensor, dict],  # its pictures, of `read_labelled`
+    teacher: Teacher,
+) -> dict:  # test, paid
+    "What a test says, and the price, which has the test's own questions."
+    scores = dict(folder=str(test)) | _evaluated(model, labelled, teacher)
+    return dict(test=scores, paid=_paid(teacher))
 
 
 def _evaluated(
