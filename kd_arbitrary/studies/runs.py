@@ -28,7 +28,7 @@ from ..teachers.networks import MODELS, inherit, make_model
 from ..teachers.recipes import RECIPES
 from ..teachers.targets import TARGETS
 from ..transfer.active import active  # noqa: F401, it enters the strategies
-from ..transfer.balance import STRATEGIES, Balancing, check_impressed
+from ..transfer.balance import STRATEGIES, Balancing, check_impressed, check_limit
 from ..transfer.quotas import quotas
 from ..transfer.push import check_ahead, check_smooth, usual_smooth
 from ..transfer.inversion import deepinversion  # noqa: F401, it enters the sources
@@ -195,7 +195,7 @@ def _check(
         value = getattr(run, name)
         if not (value is None and name in ("epochs", "updates") or 0 < value < math.inf):
             raise ValueError(f"{name} must be positive, got {value}")
-    check_smooth(run.smooth, shape), check_impressed(run.impressed), check_ahead(run.ahead)
+    check_smooth(run.smooth, shape), check_impressed(run.impressed), check_ahead(run.ahead), check_limit(run.limit)
     if not 0 <= run.holdout <= 0.5: raise ValueError(f"holdout must be a share in [0, 0.5], got {run.holdout}")
     _check_images(run)
 

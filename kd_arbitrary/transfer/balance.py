@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUDGED', 'STRATEGIES', 'Balancing', 'Work', 'as_drawn', 'quota', 'repeat', 'reweight', 'fill', 'impressions',
-           'memory_needed', 'check_impressed', 'read_made', 'balance']
+           'memory_needed', 'check_impressed', 'check_limit', 'read_made', 'balance']
 
 # %% ../../nbs/transfer/05_balance.ipynb #balance-imports
 import math
@@ -106,6 +106,21 @@ def _changed(
     return block["images"], block["scores"]
 
 
+def _sent(
+    pool: _Material,  # images to start from
+    short: Tensor,  # [K] images still missing per class
+    gaps: Tensor,  # [M] leads of the images there are
+    g: torch.Generator,  # of who is sent where
+) -> list[tuple[Tensor, ...]]:  # in blocks: positions in the pool; classes to reach; leads to reach them by
+    "Who is sent where in a round: as many as are missing, but for those that would be sent there again."
+    goals = torch.repeat_interleave(torch.arange(len(short)), short)
+    goals = goals[torch.randperm(len(goals), generator=g)]
+    start = torch.randperm(max(len(goals), len(pool)), generator=g)[: len(goals)] % len(pool)
+    gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
+    new = pool.fresh(start, goals)
+    return [t[new].split(NUDGED) if new.any() else () for t in (start, goals, gap)]
+
+
 def _fill(
     kept: Pool,  # images accepted as drawn; those that are nudged are added
     spare: Pool,  # the surplus
@@ -128,12 +143,9 @@ def _fill(
     gaps = (own[:, 0] - own[:, 1]).clamp_min(1e-3)
     bar = progress(None, "filling", int(short.sum()), show)
     for attempt in range(rounds):
+        if not short.any() or pool.made[:, short > 0].all(): break
         g = generator(seed, "fill", attempt)
-        goals = torch.repeat_interleave(torch.arange(len(short)), short)
-        goals = goals[torch.randperm(len(goals), generator=g)]
-        start = torch.randperm(max(len(goals), len(pool)), generator=g)[: len(goals)] % len(pool)
-        gap = gaps[torch.randint(len(gaps), (len(goals),), generator=g)]
-        tasks = zip(start.split(NUDGED), goals.split(NUDGED), gap.split(NUDGED), _seeds(g, lasting))
+        tasks = zip(*_sent(pool, short, gaps, g), _seeds(g, lasting))
         change = partial(_changed, pool, teacher, smooth if attempt < 2 else 0.0, bfloat16, ahead, blocks)
         for (i, to, *_), (images, scores) in ranks.each(change, tasks):
             right = (scores.argmax(1) == to) & pool.fresh(i, to)
@@ -141,7 +153,6 @@ def _fill(
             pool.made[i[right], to[right]] = True
             short -= torch.bincount(to[right], minlength=len(short))
             bar.update(int(right.sum()))
-        if not short.sum(): break
     bar.close()
     return short
 
@@ -331,6 +342,14 @@ def check_impressed(
                          "for no impressions take strategy='fill'")
 
 
+def check_limit(
+    limit: int | None,  # as given
+) -> None:
+    "Refuse a number of images that is none."
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit must be a whole number of images, 1 or more, got {limit!r}; leave it out for the usual one")
+
+
 def _refuse(
     work: Work,  # what is wanted
 ) -> None:
@@ -341,7 +360,7 @@ def _refuse(
                          "start the command without torchrun")
     if how.empty not in ("refuse", "keep"):
         raise ValueError(f"unknown empty={how.empty!r}; expected 'refuse' or 'keep'")
-    check_impressed(how.impressed), check_ahead(how.ahead)
+    check_impressed(how.impressed), check_ahead(how.ahead), check_limit(how.limit)
     if known.get("nudges") and not teacher.whitebox:
         others = [s for s, facts in STRATEGIES.facts.items() if not facts.get("nudges") and s != "none"]
         budget = hasattr(teacher, "box") and teacher.box.ledger.budget is not None
@@ -354,6 +373,9 @@ def _refuse(
     if how.imbalance != 1 or how.missing:
         raise ValueError(f"strategy {work.strategy!r} takes what is drawn; "
                          "imbalance and missing need one of the other strategies")
+    if how.limit is not None and how.limit < n:
+        raise ValueError(f"strategy {work.strategy!r} asks about all of its images; n={n:,} are more than "
+                         f"limit={how.limit:,} allows, so lower n")
     if source.size is not None and source.size < n:
         raise ValueError(f"{source.text} has {source.size:,} images, n={n:,} were asked for; "
                          "lower n, mix it with an endless source, or use 'repeat' or 'fill'")
@@ -478,7 +500,8 @@ def _empty_classes(
     if work.strategy == "none" or not lacking.any(): return
     names = [repr(work.teacher.classes[c]) for c in lacking.nonzero()[:, 0]]
     named = f"class{'es' * (len(names) > 1)} {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
-    nudges, more = STRATEGIES.facts[work.strategy].get("nudges"), "another source or a greater limit (--limit)"
+    known = STRATEGIES.facts[work.strategy]
+    nudges, more = known.get("nudges"), "another source" + " or a greater limit (--limit)" * (not known.get("as_drawn"))
     ways = "another source" if nudges else f"fill (--balance fill), {more}" if work.teacher.whitebox else more
     message = (f"{named} got no image: the teacher never saw {'them' if len(names) > 1 else 'it'} in "
                f"{int(work.seen.sum()):,} images of {work.source.text}; try {ways}")

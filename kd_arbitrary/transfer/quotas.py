@@ -36,7 +36,7 @@ def quotas(
     exact = n * share / share.sum()
     out = exact.floor().long()
     out[(exact - out).argsort(descending=True, stable=True)[: n - int(out.sum())]] += 1
-    if (out[there] < 1).any():
+    if (exact[there] < 1 - 1e-9).any():
         at = f" at an imbalance of {imbalance:g}" if imbalance > 1 else ""
         raise ValueError(f"n={n} images cannot cover {k - missing} classes{at}; "
                          f"ask for at least {math.ceil(share.sum() / share[there].min())}")
