@@ -36,7 +36,7 @@ from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
 from .studies.jobs import execute_job
-from .studies.facts import PAID, unusable
+from .studies.facts import PAID, agrees, unusable
 from .studies.own import FASTEST, IMAGES, USUALLY, Job, check_job, check_priced, job_teacher, planned
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
@@ -94,14 +94,18 @@ def job_table(
 ) -> str:  # lines of text
     "What became of a job."
     percent = lambda x: "-" if x is None else f"{x:.2%}"
-    rows = [("teacher", record["teacher"]["spec"]),
+    who = record["teacher"]
+    rows = [("teacher", f"{who['spec']}, for images of {who['shape']}"),
+            ("its pixels", f"{who.get('pixels', 'unknown')}, of x in [0, 1]"),
             ("student", f"{record['student']['arch']}, {record['student']['parameters']:,} parameters"),
             ("images", f"{len_of(record):,}, {record['job']['balance']}, of {record['job']['source']}"),
             ("agreement", f"{percent(record['agreement'])} of held-out images of the transfer set")]
     if record.get("left_out"):
-        rows.insert(3, ("left out", f"{record['left_out']['count']:,} unusable pictures, listed in job.json"))
+        rows.insert(4, ("left out", f"{record['left_out']['count']:,} unusable pictures, listed in job.json"))
     if test := record.get("test"):
         rows.append(("accuracy", f"{percent(test['accuracy'])} of {test['n']:,} test images{unusable(test)}"))
+        if (agreed := agrees(test)) is not None:
+            rows.append(("the teacher's", f"{percent(test.get('teacher'))}; the two agree on {agreed}"))
     rows.append(("teacher queries", f"{record['queries']:,}"))
     if record["paid"] is not None: rows.append(("paid for", f"{record['paid']:,} {PAID}"))
     if "export_differs" in record:
@@ -183,7 +187,8 @@ def kd_distill(
                                "or, for a target, its network: {teacher}", "the target's recipe")] = None,
     teacher_seed: Annotated[int, _said("teacher_seed")] = Run.teacher_seed,
     teacher_bn: Annotated[str, _said("teacher_bn")] = Run.teacher_bn,
-    student: Annotated[str | None, _unsaid("Network of the student, as for --teacher",
+    student: Annotated[str | None, _unsaid("Network of the student: {teacher}; torchvision:NAME or timm:NAME, "
+                                                   "untrained; file.py:NAME",
                        "the target's recipe; for your own teacher lenet5_half, or wrn16_1 in colour")] = Run.student,
     init: Annotated[str, _said("init")] = Run.init,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help=_said("bfloat16").help)] = Run.bfloat16,
@@ -227,6 +232,7 @@ def kd_distill(
     with exit_with(2, debug):
         if balance not in STRATEGIES.where(lasting=True): _misplaced(asked, IMPRESSIONS, "--balance impress")
         asked.source, asked.device = source_of(images, source, strict), _device(device)
+        asked.out, asked.ledger = _home(out), _home(ledger)
         job = _own_job(asked) if is_own(teacher) and target is None else None
     if job: _from_own_teacher(asked, job)
     else: _from_benchmark(asked)
@@ -245,6 +251,13 @@ def _lesson(
 IMPRESSIONS = ("impressed", "ahead")
 TARGETS_OWN = ("few", "teacher_seed", "teacher_bn", "init")
 TEACHERS_OWN = (*(k for k in DESCRIBED if k != "gives"), "export", "test", "ledger")
+
+
+def _home(
+    path: Path | None,  # as the user wrote it
+) -> Path | None:
+    "The same, with a home folder where ~ stands, which a shell leaves alone in --out=~/run."
+    return path and path.expanduser()
 
 
 def _misplaced(
@@ -291,6 +304,10 @@ def _benchmark_run(
     if is_own(asked.teacher):
         raise ValueError(f"--target names a teacher, and so does --teacher {asked.teacher}; leave out --target, "
                          "and judge the student by --test FOLDER")
+    if asked.teacher and not asked.target:
+        raise ValueError(f"--teacher {asked.teacher} is no teacher of your own: that is a file (./model.onnx), "
+                         "torchvision:NAME, timm:NAME, hf:NAME, file.py:NAME or an address; for a benchmark name its "
+                         "--target, too")
     _misplaced(asked, TEACHERS_OWN, "a teacher of your own; leave them out, or name it with --teacher")
     target, drawn = asked.target or "digits", STRATEGIES.where(as_drawn=True)
     if asked.limit and asked.balance in drawn and asked.limit < (asked.n or asked.limit):
@@ -362,7 +379,7 @@ def kd_diagnose(
                                           f"a teacher of your own; leave them out, or name it in place of {teacher}")
         job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed,
                   **_read(described))
-        device = _device(device)
+        device, ledger, results, out = _device(device), _home(ledger), _home(results), _home(out)
     with exit_with(1, debug, goes_on=False):
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
@@ -378,7 +395,9 @@ def kd_diagnose(
         more = {equal: gained(found.entropy, records_frame(r for name in names for r in kept.get(name, ())), equal)
                 for equal, names in STUDIED.items()}
         if out: write_atomic(out, _drawn(found, out.suffix))
-        said = (found, reached_text(alike), *(gained_text(g, equal) for equal, g in more.items()))
+        none = f"{reached_text(alike)}: there are no records in {results} (--results)"
+        said = (found, reached_text(alike) if any(kept.values()) else none,
+                *(gained_text(g, equal) for equal, g in more.items()))
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike, gained=more)) if as_json
                    else "\n".join(map(str, said)))
 

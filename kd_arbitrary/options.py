@@ -260,9 +260,13 @@ def _names(text: str | None) -> tuple[str, ...] | int | None:
     if text.startswith("["):
         try: return tuple(map(str, json.loads(text)))
         except ValueError as e: raise ValueError(f"--classes is no JSON list of names: {e}") from None
-    if os.path.isfile(text):
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()       # a mark at its beginning is no name
-        return tuple(line.strip() for line in lines if line.strip())
+    if os.path.isfile(path := os.path.expanduser(text)):
+        content = Path(path).read_text(encoding="utf-8-sig")                  # a mark at its beginning is no name
+        if path.endswith(".json"): return _names(" ".join(content.split()))
+        return tuple(line.strip() for line in content.splitlines() if line.strip())
+    if "," not in text and (text.endswith((".txt", ".json", ".csv")) or "/" in text):
+        raise ValueError(f"there is no file {text}; expected names with commas between them, a JSON list, a file, or "
+                         "how many classes there are (--classes)")
     return tuple(t.strip() for t in text.split(","))
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/studies/14_jobs.ipynb #job-imports-core
-from ..core import ALONE, Alone, generator, pick
+from ..core import ALONE, Alone, generator, need, pick
 from ..storage import write_atomic
 from ..pictures.files import SUFFIXES, items, places, read_pictures
 from ..pictures.sources import Source, make_source, source_from, usual_source
 from ..students.distill import Distilled, distill
 from ..students.evaluate import agreement, evaluate, machine, peak_memory_mb, versions
-from ..students.export import export_student, load_student, make_student, save_student, whole_spec
+from ..students.export import TAKES, export_student, load_student, make_student, save_student, whole_spec
 from .own import IMAGES, Job, check_priced, job_teacher, settle, usual_rate
 from .report import kept_options, write_report
 from .facts import Record
@@ -56,6 +56,7 @@ def execute_job(
         raise ValueError(f"{job.source!r} makes images and student together; with a teacher of your own call "
                          "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
     if export is not None: pick(dict.fromkeys(EXPORTS), export, "kind of export")
+    if export == "onnx": need("onnx", "onnx"), need("onnxruntime", "onnx")   # before anything is paid for
     out, start = Path(out), time.perf_counter()
     job, code = _with_whole_spec(job, out)
     teacher = _asked(job, ledger, out, device, ranks)
@@ -215,7 +216,7 @@ def _told(
     "What there is to know of a finished job."
     stages = dict(transfer=ts.info["report"]["seconds"], distill=taught.seconds)
     if taught.making: stages["views"] = taught.making["seconds"]
-    who = dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives,
+    who = dict(spec=str(job.teacher), fingerprint=teacher.fingerprint, gives=teacher.gives, pixels=teacher.pixels,
                classes=list(teacher.classes), shape=list(teacher.input_shape),
                parameters=None if teacher.module is None else count_parameters(teacher.module))
     report, lacking = ts.info["report"], dict(left_out=source.left_out) if source.left_out["count"] else {}
@@ -237,7 +238,8 @@ def _keep(
 ) -> None:
     "Write the student."
     who = record["teacher"]
-    card = dict(arch=record["student"]["arch"], shape=who["shape"], classes=who["classes"], job=record["job"])
+    card = dict(arch=record["student"]["arch"], shape=who["shape"], classes=who["classes"], takes=TAKES,
+                job=record["job"])
     save_student(out / "student.safetensors", student, card | (dict(code=code) if code else {}))
 
 
@@ -359,26 +361,37 @@ def _judged(
 def _evaluated(
     model: nn.Module,  # the student
     labelled: tuple[Tensor, Tensor, dict],  # of `read_labelled`
-    teacher: Teacher,  # to agree with, if it costs nothing
-) -> dict:  # as `evaluate`; left_out, where pictures are
-    "Accuracy, and agreement as far as it may be asked."
+    teacher: Teacher,  # to compare with, as far as its price allows
+) -> dict:  # as `evaluate`; teacher and compared; left_out, where pictures are
+    "Accuracy, and the teacher's own and the agreement as far as it may be asked."
     images, labels, left_out = labelled
     lacking = dict(left_out=left_out) if left_out["count"] else {}
-    if hasattr(teacher, "box"): return evaluate(model, images, labels) | _compared(model, images, teacher) | lacking
-    return evaluate(model, images, labels, teacher=teacher) | dict(compared=len(images)) | lacking
+    rows = _askable(images, teacher) if hasattr(teacher, "box") else torch.arange(len(images))
+    return evaluate(model, images, labels) | _compared(model, images[rows], labels[rows], teacher) | lacking
 
 
 def _compared(
     model: nn.Module,  # the student
+    images: Tensor,  # [n, C, H, W] test images that the teacher is asked about
+    labels: Tensor,  # [n] their classes
+    teacher: Teacher,
+) -> dict:  # agreement and teacher (its own accuracy), or None where n is 0; compared (n)
+    "Student and teacher on the same images."
+    if not len(images): return dict(agreement=None, teacher=None, compared=0)
+    theirs = teacher(images)
+    right = (theirs.argmax(1).cpu() == labels.long()).float().mean().item()
+    return dict(agreement=agreement(predict(model, images), theirs), teacher=right, compared=len(images))
+
+
+def _askable(
     images: Tensor,  # [n, C, H, W] test images
     teacher: Teacher,  # a black box
-) -> dict:  # agreement, or None, and the number of images it was measured on
-    "Agreement with a teacher whose questions have a price: on what it answered before, and on what its budget allows."
+) -> Tensor:  # [m] rows
+    """The images that a teacher whose questions have a price may be asked about: those it answered before, and what its
+    budget allows."""
     known, left, again = teacher.box.knows(images), teacher.box.ledger.left, teacher.box.recheck
     # some of the questions that are left may be asked a second time
     free = left if not again else (left - 1 - again * int(known.sum())) / (1 + again)
     order = torch.randperm(len(images), generator=generator("compared"))
     new = order[~known[order]][: 0 if left == math.inf else max(0, int(free))]
-    rows = torch.cat([known.nonzero()[:, 0], new])
-    if not len(rows): return dict(agreement=None, compared=0)
-    return dict(agreement=agreement(predict(model, images[rows]), teacher(images[rows])), compared=len(rows))
+    return torch.cat([known.nonzero()[:, 0], new])

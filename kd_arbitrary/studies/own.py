@@ -49,12 +49,15 @@ class Job(Lesson, Balancing):
                                  unsaid="lenet5_half for small gray images, wrn16_1 for small colour ones")
     views: str | None = option(None, "What happens to images in the loop",
                                unsaid=USUALLY)
-    classes: tuple[str, ...] | int | None = option(None, "Names of the classes, or how many",
+    classes: tuple[str, ...] | int | None = option(None, "Names of the classes: with commas between them, a JSON "
+                                                         "list, a file with one on each line or .json; or how many",
                                                    unsaid="as the teacher says")
     input_shape: tuple[int, int, int] | None = option(None, "Channels, height, width of its images",
                                                       unsaid="as the teacher says")
-    gives: str | None = option(None, "What it answers: logits, probabilities, labels, top", unsaid="as it answers")
-    mean: tuple[float, ...] | None = option(None, "Mean of the images it was trained on, one or one a channel",
+    gives: str | None = option(None, "What it answers: logits, probabilities, labels, top (labels in order, the "
+                                    "likeliest first)", unsaid="as it answers")
+    mean: tuple[float, ...] | None = option(None, "Mean of the images it was trained on, one or one a channel, in the "
+                                                  "units of --input-range",
                                             unsaid="as the teacher says")
     std: tuple[float, ...] | None = option(None, "Standard deviation of them, likewise", unsaid="as the teacher says")
     input_range: tuple[float, float] | None = option(None, "What black and white are to it",
@@ -250,7 +253,8 @@ class _Arch:
     ) -> Found:
         "The network, with the preparation of its kind."
         self.wanted = True
-        return _architecture(self.job.arch, dict(allow_pickle=self.job.allow_pickle, classes=self.job.classes), k)
+        return _architecture(self.job.arch, {k: getattr(self.job, k) for k in ("allow_pickle", "classes",
+                                                                               "input_shape")}, k)
 
 
 def check_priced(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONLY_PYTHON', 'IN_PYTHON', 'RUNNING', 'LOOKED_AT', 'BEFORE', 'TIME', 'IMAGES', 'WIDE', 'NAMES', 'PAGE', 'Told',
-           'find_runs', 'kept_options', 'command_of', 'heldout_agreement', 'html_agreement', 'report_data', 'render',
-           'write_report']
+           'find_runs', 'kept_options', 'command_of', 'heldout_agreement', 'html_recalls', 'html_agreement',
+           'report_data', 'render', 'write_report']
 
 # %% ../../nbs/studies/13_report.ipynb #report-imports
 import json
@@ -190,6 +190,19 @@ def heldout_agreement(
                 confusions=[[names[a], names[b], int(times[i])] for i in worst for a, b in [pairs[:, i].tolist()]])
 
 
+def html_recalls(
+    names: list[str],  # of the classes
+    recalls: list[float | None],  # None: a class without an image
+) -> str:  # HTML
+    "Accuracy of each class that has images, and how many have none."
+    there = [(name, x) for name, x in zip(names, recalls) if x is not None]
+    if not there: return html_box("font-size:.85em", "No class has an image.")
+    lacking = len(names) - len(there)
+    note = f"{lacking:,} class{'es have' if lacking > 1 else ' has'} no image, not shown." if lacking else ""
+    bars = html_bars([name for name, _ in there], dict(accuracy=[x for _, x in there]), ".0%")
+    return bars + html_box("font-size:.85em", note)
+
+
 def html_agreement(
     found: dict,  # of `heldout_agreement`
     names: list[str],  # of the classes
@@ -197,13 +210,14 @@ def html_agreement(
     "Agreement per class, and what is mistaken for what; or why nobody could count it."
     if "unknown" in found:
         return html_box("font-size:.85em", f"Not counted: the student cannot be made again. {escape(found['unknown'])}")
-    shares = [a / n if n else 0.0 for a, n in zip(found["agreed"], found["asked"])]
+    shares = [a / n for a, n in zip(found["agreed"], found["asked"]) if n]
     mixed = "; ".join(f"{escape(a)} taken for {escape(b)} ({n:,})" for a, b, n in found["confusions"])
     unseen = sum(not n for n in found["asked"])
+    lacking = f"{unseen:,} class{'es have' if unseen > 1 else ' has'} none, not shown" if unseen else ""
     notes = [f"Of {sum(found['asked']):,} held-out images, with the number of each class in brackets",
-             f"Most often {mixed}" if mixed else "", f"{unseen:,} classes have none" if unseen else ""]
+             f"Most often {mixed}" if mixed else "", lacking]
     text = f"{'. '.join(filter(None, notes))}."
-    names = [f"{name} ({n:,})" for name, n in zip(names, found["asked"])]
+    names = [f"{name} ({n:,})" for name, n in zip(names, found["asked"]) if n]
     return html_bars(names, dict(agreement=shares), ".0%") + html_box("font-size:.85em", text)
 
 # %% ../../nbs/studies/13_report.ipynb #report-data
@@ -263,8 +277,7 @@ def _parts(
     if heldout: parts.append(("Agreement per class", html_agreement(heldout, names)))
     recalls = r.get("results", r.get("test") or {}).get("per_class")
     if recalls and names and len(names) == len(recalls):
-        bars = html_bars(names, dict(accuracy=[x or 0.0 for x in recalls]), ".0%")
-        parts.append(("Accuracy per class, on labelled images", bars))
+        parts.append(("Accuracy per class, on labelled images", html_recalls(names, recalls)))
     return parts + [("Cost", html_facts(it_cost(r))), ("Made with", html_facts(made_with(r)))]
 
 

@@ -43,6 +43,12 @@ class Prepare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return x * self.scale + self.shift
 
+    def words(self) -> str:
+        "What the model gets of pixels x in [0, 1], for people."
+        if not self.told(): return "x"
+        some = lambda t: ", ".join(f"{v:.4g}" for v in dict.fromkeys(t.flatten().tolist()))
+        return f"(x - {some(-self.shift / self.scale + 0.0)}) / {some(1 / self.scale)}".replace("(x - 0) /", "x /")
+
     def told(self) -> str:
         "What it does to pixels, in a word; empty where it leaves them as they are."
         if (self.scale == 1).all() and (self.shift == 0).all(): return ""
@@ -152,7 +158,7 @@ def load_teacher(
     "Anything that answers about images, as a teacher."
     if gives not in (None, *ANSWERS):
         raise ValueError(f"unknown gives={gives!r}; expected one of: {', '.join(ANSWERS)}")
-    found = find(spec, dict(allow_pickle=allow_pickle, arch=arch, classes=classes))
+    found = find(spec, dict(allow_pickle=allow_pickle, arch=arch, classes=classes, input_shape=input_shape))
     shape = _shape(found, input_shape)
     prepare = _prepared(found, shape, mean, std, input_range)
     ask, given = _chain(found, prepare, None), found.classes if classes is None else classes
@@ -168,10 +174,11 @@ def load_teacher(
     elif gives == "top" and isinstance(ask, nn.Module):
         front = lambda x: ask(x)
         front.fingerprint = f"top of {Teacher(ask, k, shape).fingerprint}"
+    pixels = "bytes" if found.whole else prepare.words()
     if front is not ask: found, prepare = Found(front), Prepare()
     teacher = Teacher(_chain(found, prepare, after), k if given is None else given, shape,
                       "probabilities" if after else gives, device)
-    teacher.queries = len(answer)
+    teacher.queries, teacher.pixels = len(answer), pixels
     if hasattr(front, "ledger"): teacher.box = front
     if teacher.whitebox: _try_gradients(teacher)
     return teacher

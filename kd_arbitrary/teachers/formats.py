@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'KINDS', 'TOLD', 'file_digest', 'safetensors', 'pickled', 'Program', 'exported', 'torchscript', 'Onnx',
-           'onnx', 'of_file', 'python']
+           'onnx', 'made_by', 'of_file', 'python']
 
 # %% ../../nbs/teachers/08_formats.ipynb #formats-imports
 import ast
@@ -113,18 +113,27 @@ def _source_digest(
     return file_digest(Path(file)) if file and "site-packages" not in Path(file).parts and Path(file).is_file() else ""
 
 
+def _opened(
+    path: Path,  # a file of `torch.save`
+    trusted: bool,  # it may run code
+) -> object:  # what is in it: tensors alone, unless it is trusted
+    "What was saved; tensors and plain values are read without running anything."
+    if trusted: return torch.load(path, map_location="cpu", weights_only=False)
+    try: return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e: raise untrusted(f"{path} is a pickle of more than weights, or none") from e
+
+
 @ADAPTERS.add(ends=(".pth", ".pkl", ".bin", ".ckpt"))
 def pickled(
     path: Path,  # a file of `torch.save`
-    options: dict,  # allow_pickle; arch: a network, for weights
+    options: dict,  # allow_pickle, for more than weights; arch: a network, for weights
 ) -> Found:
-    "A pickled network or pickled weights, if the file is trusted."
-    if not options["allow_pickle"]:
-        raise untrusted(f"{path} is a pickle")
+    "Pickled weights, or a pickled network if the file is trusted."
+    if not path.stat().st_size: raise ValueError(f"{path} is empty; expected a file of torch.save")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*TorchScript|.*torch.jit.load")   # which it opens, too
-            what = torch.load(path, map_location="cpu", weights_only=False)
+            what = _opened(path, options["allow_pickle"])
     except (ImportError, AttributeError) as e:
         raise ValueError(f"{path} needs code that is not here: {e}; add its folder to PYTHONPATH, or save the weights "
                          "alone and name their network") from None
@@ -312,14 +321,38 @@ TOLD = dict(classes="CLASSES", input_shape="INPUT_SHAPE", mean="MEAN", std="STD"
             input_range="INPUT_RANGE")  # what a Python file may say of its teacher
 
 
+def made_by(
+    make: Callable,  # a class of networks, or a function that makes one
+    name: str,  # of it, for the message
+    known: dict,  # num_classes, shape: what may be told to it, where it is known
+) -> Callable:  # what it makes, told what it takes of that
+    "A network of a Python file, or an error that says what its maker wants."
+    takes = inspect.signature(make).parameters
+    told = {k: v for k, v in known.items() if k in takes and v is not None}
+    wants = [k for k, p in takes.items() if p.default is p.empty and k not in told
+             and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if wants:
+        ways = dict(num_classes="how many classes there are (--classes)", shape="the shape of images (--input-shape)")
+        raise ValueError(f"{name} cannot be made without {', '.join(wants)}; " + (" and ".join(
+            f"say {ways[k]}" for k in wants) if set(wants) <= set(ways) else
+            "give these a default, or write a function without arguments that makes the network, and name that"))
+    try: return make(**told)
+    except Exception as e: raise ValueError(f"{name} cannot be made: {type(e).__name__}: {in_short(e)}") from e
+
+
 def _made(
     thing: Callable,  # of a Python file
+    name: str,  # of it, for the message
+    known: dict,  # as for `made_by`
 ) -> Callable:  # a network, or a function of images
-    "What it makes where it takes no images: a class, or a function without arguments, of a network."
-    try: asks = any(p.default is p.empty and p.kind is not p.VAR_KEYWORD
-                    for p in inspect.signature(thing).parameters.values())
+    """What it makes where it takes no images: a class of networks, or a function whose arguments have defaults or are
+    `num_classes` and `shape`."""
+    if isinstance(thing, nn.Module): return thing
+    if isinstance(thing, type): return made_by(thing, name, known)
+    try: asks = any(p.default is p.empty and k not in known and p.kind not in (p.VAR_KEYWORD,)
+                    for k, p in inspect.signature(thing).parameters.items())
     except ValueError: asks = True
-    return thing() if isinstance(thing, type) or not asks else thing
+    return thing if asks else made_by(thing, name, known)
 
 
 def of_file(
@@ -344,15 +377,17 @@ def of_file(
 @ADAPTERS.add(ends=(".py",))
 def python(
     spec: str,  # FILE.py:NAME of a network, a function of images, or what makes one of them; the file is run
-    options: dict,  # none
+    options: dict,  # classes, input_shape: told to what makes a network and takes `num_classes` or `shape`
 ) -> Found:
     """A function, or a network, of a Python file, and what the file says of it.
 
     Both are known by their name, their file, and the files named in `FILES`, a network by its weights, too; what else
     they read is not noticed.
     """
-    thing, said = of_file(spec)
-    thing, (path, _, name) = _made(thing), str(spec).rpartition(":")
+    (thing, said), (path, _, name) = of_file(spec), str(spec).rpartition(":")
+    classes, shape = (options.get(k) or said.get(TOLD[k]) for k in ("classes", "input_shape"))
+    k = classes if isinstance(classes, int) or classes is None else len(classes)
+    thing = _made(thing, f"{name} of {path}", dict(num_classes=k, shape=shape))
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
     code = f"{name} of {file_digest(Path(path), *_named(Path(path), said.get('FILES', ())))}"
     if not isinstance(thing, nn.Module):

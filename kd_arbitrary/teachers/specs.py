@@ -7,6 +7,7 @@ __all__ = ['ADAPTERS', 'Found', 'find', 'in_short', 'untrusted', 'torchvision', 
 
 # %% ../../nbs/teachers/07_specs.ipynb #specs-imports
 import difflib
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,13 +41,14 @@ ADAPTERS = Registry("kind of teacher")  # functions (what follows the kind in th
 # %% ../../nbs/teachers/07_specs.ipynb #specs-find
 def find(
     spec: str | Path | nn.Module | Callable,  # what a user names as the teacher
-    options: dict,  # arch, allow_pickle
+    options: dict,  # arch, allow_pickle, classes, input_shape
 ) -> Found:
     "What the specification says of its teacher."
     if not isinstance(spec, (str, Path)): return Found(spec)
     if isinstance(arch := options.get("arch"), str):
         options = options | dict(arch=partial(_architecture, arch, options))
-    kind, colon, rest = str(spec).partition(":")
+    spec = os.path.expanduser(spec)
+    kind, colon, rest = spec.partition(":")
     if colon and kind in ADAPTERS and "ends" not in ADAPTERS.facts[kind]: return ADAPTERS[kind](rest, options)
     if kind in ("http", "https"): raise ValueError("for an endpoint, import kd_arbitrary.teachers.black_box first")
     end = ".py" if ".py:" in str(spec) else Path(spec).suffix.lower()

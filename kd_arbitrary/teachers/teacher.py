@@ -143,6 +143,7 @@ class Teacher:
         if self.module is not None and bn == "batch": use_batch_statistics(self.module)
         self._ask = self.module or model
         self.differentiable = self.module is not None  # `load_teacher` tries it
+        self.pixels = "x"  # what the model gets of pixels x in [0, 1]; `load_teacher` says it
 
     @property
     def whitebox(self) -> bool:

@@ -119,7 +119,7 @@ def choose(
 
 # %% ../../nbs/transfer/10_active.ipynb #active-trust
 LATEST = 200  # answers that count in the test
-SURE = 2.326  # standard deviations above chance: one-sided 1 % of a normal law, 1 to 2 % of 200 answers; the test is made after every round
+SURE = 2.326  # standard deviations above chance: one-sided 1 % of a normal law, 1 to 2 % of 200 answers, every round
 
 
 def better_than_chance(

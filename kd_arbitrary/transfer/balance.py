@@ -347,7 +347,8 @@ def check_limit(
 ) -> None:
     "Refuse a number of images that is none."
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"limit must be a whole number of images, 1 or more, got {limit!r}; leave it out for the usual one")
+        raise ValueError(f"limit must be a whole number of images, 1 or more, got {limit!r}; "
+                         "leave it out for the usual one")
 
 
 def _refuse(
