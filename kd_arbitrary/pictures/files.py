@@ -396,7 +396,7 @@ def _key(
     shape: tuple[int, int, int],
 ) -> str:
     "A hash that changes when a picture does, comes, or goes."
-    h = hashlib.sha256(f"2 {list(shape)}".encode())  # how pictures are decoded, and at which size
+    h = hashlib.sha256(f"3 {list(shape)}".encode())  # how pictures are decoded, and at which size
     def add(name, path):
         try: about = os.stat(path)
         except OSError: return h.update(f"{name} ?\n".encode())

@@ -225,7 +225,10 @@ def _seen(
     deep = im.mode.startswith("I;16") or im.format in ("PNG", "PPM")
     im = ImageOps.exif_transpose(im)
     if im.mode.startswith("I"): im = Image.fromarray(_narrowed(np.asarray(im), deep))
-    return im.convert("L" if im.mode in ("1", "L", "LA") else "RGB")
+    mode = "L" if im.mode in ("1", "L", "LA") else "RGB"
+    if not im.has_transparency_data: return im.convert(mode)
+    seen = im.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert(mode)
 
 
 def _narrowed(
