@@ -36,11 +36,12 @@ def rivals_check() -> list[Run]:
              dafl | dict(updates=2_400), zskt | dict(updates=4_000), fast | dict(updates=4_400),
              told | dict(updates=2_400), told | dict(updates=24_000),
              dafl | dict(updates=24_000), zskt | dict(updates=40_000), fast | dict(updates=88_000)]
-    altered = dict(views="shrink+flip+speckle", epochs=60)  # much as the authors alter images, for an eighth as long
+    altered = dict(views="shrink+flip+speckle", epochs=60)  # after the authors' 500 epochs of all views
     lessons = (dict(views="none"), dict(views="affine"), dict(views="affine+mixup", epochs=60), altered)
     return ([Run(source="zskd(steps=40,lr=0.05)", **zskd | lesson) for lesson in lessons]
             + [Run(source="zskd(steps=40,lr=0.05,continued=True)", **zskd | altered)]
-            + [Run(source=short, bfloat16=True, **inverted), Run(source="zskd", **zskd | altered)]
+            + [Run(source=short, bfloat16=True, **inverted)]
+            + [Run(source="zskd", **zskd | altered | dict(epochs=epochs)) for epochs in (60, 500)]
             + [Run(target="mnist", views="none", lr=2e-3, bfloat16=True, **way) for way in loops])
 
 # %% ../../nbs/studies/06_contests.ipynb #contests-race-trials
