@@ -218,6 +218,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict]:  # (tensors, memory-mapped where the system allows; the JSON stored with them)
     "Read a file of `save_tensors`; a truncated, damaged, newer or foreign one is a `ValueError` that says which."
     path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder; expected a {kind} file of kd_arbitrary")
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist; expected a {kind} file of kd_arbitrary")
     while True:
         before, wrong = _version(path), None

@@ -7,9 +7,12 @@ __all__ = ['cache_views', 'Distilled', 'html_history', 'Lesson', 'check_lesson',
            'recalibrate']
 
 # %% ../../nbs/students/02_distill.ipynb #distill-imports
+import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -115,11 +118,12 @@ def check_lesson(
 ) -> None:
     "Refuse a lesson that this teacher cannot give, before there is a set."
     LOSSES.pick(settings.loss)
-    if not settings.temperature > 0:
+    if not 0 < settings.temperature < math.inf:
         raise ValueError(f"temperature must be positive, got {settings.temperature}; 1 to 20 are usual")
     if not 0 <= settings.holdout <= 0.5:
         raise ValueError(f"holdout must be a share in [0, 0.5], got {settings.holdout}")
-    if settings.cached_views < 1: raise ValueError(f"cached_views must be at least 1, got {settings.cached_views}")
+    if not isinstance(settings.cached_views, Integral) or settings.cached_views < 1:
+        raise ValueError(f"cached_views must be a whole number, at least 1, got {settings.cached_views}")
     if settings.loss in LOSSES.where(logits=True) and teacher.gives != "logits":
         raise ValueError(f"loss {settings.loss!r} compares logits, the teacher gives {teacher.gives}; "
                          "use loss='kl' (--loss kl)")
@@ -135,6 +139,12 @@ def _refuse(
     if transfer.scores.shape[1] != len(teacher.classes):
         raise ValueError(f"the set has scores for {transfer.scores.shape[1]} classes, "
                          f"the teacher has {len(teacher.classes)}")
+    gives, who = (transfer.info.get(k, own) for k, own in dict(gives=teacher.gives, teacher=teacher.fingerprint).items())
+    if gives != teacher.gives:
+        raise ValueError(f"the set holds {gives}, this teacher gives {teacher.gives}; label the images anew with it")
+    if who != teacher.fingerprint:
+        warnings.warn(f"the set was labelled by another teacher ({who}; this one is {teacher.fingerprint}): agreement is "
+                      "measured with the answers in the set", stacklevel=4)
 
 
 def _room_enough(
@@ -185,9 +195,18 @@ class _Class:
         x = to_float(self.images.index_select(0, index))
         if self.relabel and self.views: x = self.views(x, g)
         mine, weight = self.ranks.part(len(x))
-        x, index = x[mine], index[mine]
-        target = self.teacher(x, len(x)) if self.relabel else self.scores[index]
-        return weight * self.loss(model(x), target, self.teacher.gives, self.temperature)
+        target = self._answers(x, mine) if self.relabel else self.scores[index[mine]]
+        return weight * self.loss(model(x[mine]), target, self.teacher.gives, self.temperature)
+
+    def _answers(
+        self,
+        x: Tensor,  # [b, C, H, W] the views of all of a batch
+        mine: slice,  # what this rank does
+    ) -> Tensor:  # [m, K] what the teacher says of its part, as it says it outside of the loop
+        "The teacher's answers; where they depend on the batch, it is asked about all of it."
+        with torch.autocast(x.device.type, enabled=False):
+            if self.teacher.bn == "batch": return self.teacher(x, len(x))[mine]
+            return self.teacher(x[mine], len(x[mine]))
 
     def measure(
         self,

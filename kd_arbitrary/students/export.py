@@ -51,10 +51,10 @@ def _of_file(
     seed: int,  # of the first weights
 ) -> nn.Module:
     "A network of a Python file."
-    make, known = of_file(spec)[0], dict(shape=shape, num_classes=num_classes)
-    if isinstance(make, nn.Module): return make
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        make, known = of_file(spec)[0], dict(shape=shape, num_classes=num_classes)
+        if isinstance(make, nn.Module): return make
         net = made_by(make, spec, known)
     if not isinstance(net, nn.Module): raise ValueError(f"{spec} makes a {type(net).__name__}; expected a network")
     return net
@@ -201,7 +201,8 @@ def _write_onnx(model, images, path, classes):
         entry = made.metadata_props.add()
         entry.key, entry.value = key, value
     onnx.save(made, str(path))
-    return Onnx(path)(images)
+    answer = Onnx(path)
+    return torch.cat([answer(images[:3]), answer(images[3:])])                # of any number of images
 
 
 def _write_program(model, images, path, classes):

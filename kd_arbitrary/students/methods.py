@@ -303,6 +303,8 @@ def read_method(
         pick(known, key, f"parameter of {name}")
         if isinstance(value, str) != isinstance(known[key], str):
             raise ValueError(f"{name}: {key} must be like {known[key]!r}, got {value!r}")
+        if type(known[key]) is int and type(value) is not int:
+            raise ValueError(f"{name}: {key} must be a whole number, got {value!r}")
     making = kind(**keywords)
     if min(making.width, making.latent, making.taught, getattr(making, "steps", 1)) < 1 or not making.rate > 0:
         raise ValueError(f"{text!r}: width, latent, taught, steps and rate must be positive")

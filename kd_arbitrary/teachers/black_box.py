@@ -246,7 +246,8 @@ class BlackBox:
 
     def _checked(self, answer, n: int) -> np.ndarray:
         "The answer as an array with one row an image."
-        out = np.asarray(tensor_of(answer).cpu())
+        out = tensor_of(answer).cpu()
+        out = np.asarray(out.float() if out.dtype == torch.bfloat16 else out)  # which NumPy does not know
         if out.ndim not in (1, 2) or len(out) != n:
             raise ValueError(f"the teacher gave {list(out.shape)} for {n} images; "
                              f"expected [{n}] labels or [{n}, K] scores")

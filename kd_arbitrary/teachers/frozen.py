@@ -57,15 +57,24 @@ def norms_behind(
             yield node, source
 
 
+def _hooked(
+    module: nn.Module,
+) -> bool:
+    "Whether something is done before or after it, as spectral norm and pruning do."
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def fold_batch_norms(
     net: fx.GraphModule,  # of `traced`; changed in place
 ) -> int:  # how many were folded
     "Merge each batch norm with the convolution before it, where that is exact."
     used, before = [n.target for n in net.graph.nodes if n.op == "call_module"], len(net.graph.nodes)
+    seen = {n.target.rpartition(".")[0] for n in net.graph.nodes if n.op == "get_attr"}     # whose weights are used besides
     for node, source in norms_behind(net):
         if len(source.users) > 1 or used.count(source.target) > 1: continue
         norm, layer = net.get_submodule(node.target), net.get_submodule(source.target)
         if norm.running_mean is None or type(layer) is not nn.Conv2d: continue
+        if _hooked(norm) or _hooked(layer) or {source.target, node.target} & seen: continue
         _replace(net, source.target, fuse_conv_bn_eval(layer, norm))
         node.replace_all_uses_with(source)
         net.graph.erase_node(node)
@@ -176,9 +185,10 @@ def quick(
     if not (bfloat16 and freezable(teacher)):
         yield teacher
         return
-    fast = frozen(teacher, True)
-    try: predict(fast.module, torch.zeros(1, *teacher.input_shape), device=teacher.device)
-    except RuntimeError:                                                      # it does not run with channels last
+    try:
+        fast = frozen(teacher, True)
+        predict(fast.module, torch.zeros(1, *teacher.input_shape), device=teacher.device)
+    except (RuntimeError, TypeError):                                         # it does not run with channels last
         yield teacher
         return
     try: yield fast

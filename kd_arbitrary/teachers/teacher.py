@@ -10,6 +10,7 @@ import copy
 import hashlib
 import io
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,8 @@ class Teacher:
         if bn not in ("running", "batch"): raise ValueError(f"unknown bn={bn!r}; expected 'running' or 'batch'")
         if not callable(model):
             raise ValueError(f"a teacher must be a network or a function, got {type(model).__name__}")
-        self.classes = tuple(map(str, range(classes) if isinstance(classes, int) else classes))
+        if isinstance(classes, str): raise ValueError(f"classes must be names or a number, got the text {classes!r}")
+        self.classes = tuple(map(str, range(classes) if isinstance(classes, Integral) else classes))
         if len(self.classes) < 2: raise ValueError(f"a teacher needs at least 2 classes, got {len(self.classes)}")
         self.input_shape, self.gives, self.device, self.bn = tuple(input_shape), gives, torch.device(device), bn
         self.queries = self.gradients = 0  # images asked about so far, and those asked about with a graph

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -143,6 +144,9 @@ def _restore(
         i, _, key = k.partition(".")
         state.setdefault(int(i), {})[key] = v
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+    for p, moments in optimiser.state.items():  # fused steps walk weights and moments as they lie in memory
+        for k, v in moments.items():
+            if v.shape == p.shape: moments[k] = torch.empty_like(p).copy_(v)
     return part("best") or None
 
 
@@ -275,8 +279,8 @@ def fit(
     ranks: Alone = ALONE,  # the processes that do this together; `loss_of` takes its `part` of a batch
 ) -> Fit:  # history, best state, updates
     "Train by Adam with a one-cycle rate, or by another of `WAYS`; with a checkpoint file, continue an earlier run."
-    if min(epochs, batch_size, n) < 1:
-        raise ValueError(f"epochs, batch_size and n must be at least 1, got {epochs}, {batch_size}, {n}")
+    if not all(isinstance(v, Integral) and v >= 1 for v in (epochs, batch_size, n)):
+        raise ValueError(f"epochs, batch_size and n must be whole numbers, at least 1, got {epochs}, {batch_size}, {n}")
     if not lr > 0: raise ValueError(f"lr must be positive, got {lr}; try 2e-3")
     keep_freed()
     narrow = bfloat16_where(bfloat16, device)
@@ -324,6 +328,7 @@ def _lost(
     kept = "no epoch was kept; begin again, with a checkpoint file to be safe"
     if loop.path and loop.path.exists():
         kept = f"what is done is kept in {loop.path}, and the same call goes on from there, on any device"
+        if loop.bfloat16: kept += " that computes in bfloat16"
     said = str(error).splitlines()[0]
     return DeviceLost(f"the device {loop.device} failed in epoch {epoch + 1} of {loop.epochs} ({said}); {kept}")
 
