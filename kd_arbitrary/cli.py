@@ -96,7 +96,7 @@ def job_table(
     percent = lambda x: "-" if x is None else f"{x:.2%}"
     who = record["teacher"]
     rows = [("teacher", f"{who['spec']}, for images of {who['shape']}"),
-            ("its pixels", f"{who.get('pixels', 'unknown')}, of x in [0, 1]"),
+            ("its pixels", who.get("pixels", "unknown")),
             ("student", f"{record['student']['arch']}, {record['student']['parameters']:,} parameters"),
             ("images", f"{len_of(record):,}, {record['job']['balance']}, of {record['job']['source']}"),
             ("agreement", f"{percent(record['agreement'])} of held-out images of the transfer set")]

@@ -50,7 +50,7 @@ def went_in(
               f"batches of {s['batch_size']}",
               f"loss {s['loss']} at temperature {s['temperature']:g}", f"views {s['views']}", f"seed {s['seed']}"]
     return {"teacher": f"{who['arch']} of {target}, seed {s['teacher_seed']}" if target else who["spec"],
-            "its answers": answers, "it gets of pixels x in [0, 1]": who.get("pixels"),
+            "its answers": answers, "it gets pixels": who.get("pixels"),
             "fingerprint": who["fingerprint"], "images": f"{made:,} of {s['source']}{wanted}",
             "left out": left_out and f"{left_out['count']:,} pictures that cannot be used", "balance": s["balance"],
             "student": s["student"] + (f", {size:,} parameters" if size else ""), "lesson": ", ".join(lesson)}

@@ -44,10 +44,11 @@ class Prepare(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x * self.scale + self.shift
 
     def words(self) -> str:
-        "What the model gets of pixels x in [0, 1], for people."
-        if not self.told(): return "x"
+        "What the model gets of pixels in [0, 1], for people."
+        if not self.told(): return ""
         some = lambda t: ", ".join(f"{v:.4g}" for v in dict.fromkeys(t.flatten().tolist()))
-        return f"(x - {some(-self.shift / self.scale + 0.0)}) / {some(1 / self.scale)}".replace("(x - 0) /", "x /")
+        if (self.shift == 0).all(): return f"x * {some(self.scale)}, x in [0, 1]"
+        return f"(x - {some(-self.shift / self.scale)}) / {some(1 / self.scale)}, x in [0, 1]"
 
     def told(self) -> str:
         "What it does to pixels, in a word; empty where it leaves them as they are."
@@ -174,7 +175,7 @@ def load_teacher(
     elif gives == "top" and isinstance(ask, nn.Module):
         front = lambda x: ask(x)
         front.fingerprint = f"top of {Teacher(ask, k, shape).fingerprint}"
-    pixels = "bytes" if found.whole else prepare.words()
+    pixels = "as bytes, 0 to 255" if found.whole else prepare.words() or Teacher.pixels
     if front is not ask: found, prepare = Found(front), Prepare()
     teacher = Teacher(_chain(found, prepare, after), k if given is None else given, shape,
                       "probabilities" if after else gives, device)

@@ -121,6 +121,7 @@ def _bytes(
 
 class Teacher:
     "Anything that says what it sees in images, with its queries counted and its answers checked."
+    pixels = "as they are, in [0, 1]"  # what the model gets of them, in words; `load_teacher` says where it differs
 
     def __init__(
         self,
@@ -145,7 +146,6 @@ class Teacher:
         if self.module is not None and bn == "batch": use_batch_statistics(self.module)
         self._ask = self.module or model
         self.differentiable = self.module is not None  # `load_teacher` tries it
-        self.pixels = "x"  # what the model gets of pixels x in [0, 1]; `load_teacher` says it
 
     @property
     def whitebox(self) -> bool:
