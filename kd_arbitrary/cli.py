@@ -377,8 +377,7 @@ def kd_diagnose(
         if out: pick(dict.fromkeys((".png", ".svg", ".pdf")), out.suffix.lower(), "kind of figure")
         if teacher in TARGETS: _misplaced(SimpleNamespace(described=described, ledger=ledger), (*DESCRIBED, "ledger"),
                                           f"a teacher of your own; leave them out, or name it in place of {teacher}")
-        job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed,
-                  **_read(described))
+        job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed, **_read(described))
         device, ledger, results, out = _device(device), _home(ledger), _home(results), _home(out)
     with exit_with(1, debug, goes_on=False):
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
@@ -391,15 +390,14 @@ def kd_diagnose(
         n = planned(job, available(source))
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         kept = {folder.name: _whole(folder) for folder in sorted(results.glob("*/"))}
-        alike = reached(found.entropy, (r for records in kept.values() for r in records))
+        alike = reached(found.entropy, sum(kept.values(), []))
         more = {equal: gained(found.entropy, records_frame(r for name in names for r in kept.get(name, ())), equal)
                 for equal, names in STUDIED.items()}
         if out: write_atomic(out, _drawn(found, out.suffix))
-        none = f"{reached_text(alike)}: there are no records in {results} (--results)"
-        said = (found, reached_text(alike) if any(kept.values()) else none,
-                *(gained_text(g, equal) for equal, g in more.items()))
+        none = f"there are no records in {results}, so nothing is known of sets like this (--results)"
         typer.echo(json.dumps(found.to_dict() | dict(reached=alike, gained=more)) if as_json
-                   else "\n".join(map(str, said)))
+                   else "\n".join([str(found), reached_text(alike) if any(kept.values()) else none,
+                                   *(gained_text(g, equal) for equal, g in more.items())]))
 
 
 def _diagnosed(

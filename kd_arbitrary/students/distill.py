@@ -139,12 +139,13 @@ def _refuse(
     if transfer.scores.shape[1] != len(teacher.classes):
         raise ValueError(f"the set has scores for {transfer.scores.shape[1]} classes, "
                          f"the teacher has {len(teacher.classes)}")
-    gives, who = (transfer.info.get(k, own) for k, own in dict(gives=teacher.gives, teacher=teacher.fingerprint).items())
+    own = dict(gives=teacher.gives, teacher=teacher.fingerprint)
+    gives, who = (transfer.info.get(name, value) for name, value in own.items())
     if gives != teacher.gives:
         raise ValueError(f"the set holds {gives}, this teacher gives {teacher.gives}; label the images anew with it")
     if who != teacher.fingerprint:
-        warnings.warn(f"the set was labelled by another teacher ({who}; this one is {teacher.fingerprint}): agreement is "
-                      "measured with the answers in the set", stacklevel=4)
+        warnings.warn(f"the set was labelled by another teacher ({who}; this one is {teacher.fingerprint}): agreement "
+                      "is measured with the answers in the set", stacklevel=4)
 
 
 def _room_enough(

@@ -175,14 +175,21 @@ def load_teacher(
     elif gives == "top" and isinstance(ask, nn.Module):
         front = lambda x: ask(x)
         front.fingerprint = f"top of {Teacher(ask, k, shape).fingerprint}"
-    pixels = "as bytes, 0 to 255" if found.whole else prepare.words() or Teacher.pixels
-    if front is not ask: found, prepare = Found(front), Prepare()
-    teacher = Teacher(_chain(found, prepare, after), k if given is None else given, shape,
+    whole = _chain(found, prepare, after) if front is ask else _chain(Found(front), Prepare(), after)
+    teacher = Teacher(whole, k if given is None else given, shape,
                       "probabilities" if after else gives, device)
-    teacher.queries, teacher.pixels = len(answer), pixels
+    teacher.queries, teacher.pixels = len(answer), _pixels(found, prepare)
     if hasattr(front, "ledger"): teacher.box = front
     if teacher.whitebox: _try_gradients(teacher)
     return teacher
+
+
+def _pixels(
+    found: Found,  # the model
+    prepare: Prepare,  # goes before it
+) -> str:
+    "What the model gets of pixels, in words."
+    return "as bytes, 0 to 255" if found.whole else prepare.words() or Teacher.pixels
 
 
 def _front(

@@ -69,12 +69,12 @@ def fold_batch_norms(
 ) -> int:  # how many were folded
     "Merge each batch norm with the convolution before it, where that is exact."
     used, before = [n.target for n in net.graph.nodes if n.op == "call_module"], len(net.graph.nodes)
-    seen = {n.target.rpartition(".")[0] for n in net.graph.nodes if n.op == "get_attr"}     # whose weights are used besides
+    direct = {n.target.rpartition(".")[0] for n in net.graph.nodes if n.op == "get_attr"}  # their weights serve twice
     for node, source in norms_behind(net):
         if len(source.users) > 1 or used.count(source.target) > 1: continue
         norm, layer = net.get_submodule(node.target), net.get_submodule(source.target)
         if norm.running_mean is None or type(layer) is not nn.Conv2d: continue
-        if _hooked(norm) or _hooked(layer) or {source.target, node.target} & seen: continue
+        if _hooked(norm) or _hooked(layer) or {source.target, node.target} & direct: continue
         _replace(net, source.target, fuse_conv_bn_eval(layer, norm))
         node.replace_all_uses_with(source)
         net.graph.erase_node(node)
