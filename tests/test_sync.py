@@ -86,6 +86,11 @@ def test_outputs_are_those_of_their_cells(path):
     assert stale == [], "the code was changed after it ran: python tools/run_notebooks.py (with --flags 'slow cuda' for cells that tests skip)"
 
 
+def test_no_two_cells_share_a_name():
+    ids = {path.name: [cell["id"] for cell in json.loads(path.read_text())["cells"]] for path in NOTEBOOKS}
+    assert {name: [i for i in set(own) if own.count(i) > 1] for name, own in ids.items() if len(set(own)) < len(own)} == {}
+
+
 def test_notebooks_have_names_that_sort():
     wrong = [p.name for p in NOTEBOOKS if p.name != "index.ipynb" and not re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", p.name)]
     assert wrong == [], "two digits say the order of reading, no letters"
