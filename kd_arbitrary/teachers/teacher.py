@@ -137,7 +137,8 @@ class Teacher:
         if bn not in ("running", "batch"): raise ValueError(f"unknown bn={bn!r}; expected 'running' or 'batch'")
         if not callable(model):
             raise ValueError(f"a teacher must be a network or a function, got {type(model).__name__}")
-        if isinstance(classes, str): raise ValueError(f"classes must be names or a number, got the text {classes!r}")
+        if isinstance(classes, str) and "," in classes:
+            raise ValueError(f"classes must be names or a number, got one text, {classes!r}; split it at the commas")
         self.classes = tuple(map(str, range(classes) if isinstance(classes, Integral) else classes))
         if len(self.classes) < 2: raise ValueError(f"a teacher needs at least 2 classes, got {len(self.classes)}")
         self.input_shape, self.gives, self.device, self.bn = tuple(input_shape), gives, torch.device(device), bn
