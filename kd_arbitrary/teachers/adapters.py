@@ -46,7 +46,7 @@ class Prepare(nn.Module):
     def words(self) -> str:
         "What the model gets of pixels in [0, 1], for people."
         if not self.told(): return ""
-        some = lambda t: ", ".join(f"{v:.4g}" for v in dict.fromkeys(t.flatten().tolist()))
+        some = lambda t: ", ".join(f"{v:.4g}" for v in (t[:1] if (t == t[0]).all() else t).flatten().tolist())
         if (self.shift == 0).all(): return f"x * {some(self.scale)}, x in [0, 1]"
         return f"(x - {some(-self.shift / self.scale)}) / {some(1 / self.scale)}, x in [0, 1]"
 
