@@ -27,8 +27,8 @@ from .core import pick
 from .storage import write_atomic
 from .experiment import RESULTS, experiment_app
 from kd_arbitrary.options import (
-    DESCRIBED, Debug, Device, Images, Plugin, Quiet, Root, Strict, Version, _Listing, _app, _device, _job_said, _option,
-    _read, _said, _say, _spelt, _unsaid, exit_with,
+    DESCRIBED, PLACE, Debug, Device, Images, Plugin, Quiet, Root, Strict, Version, _Listing, _app, _device, _job_said,
+    _option, _read, _said, _say, _spelt, _unsaid, exit_with,
 )
 from .pictures.files import SUFFIXES
 from .pictures.sources import COLOURED, MIXTURE, make_source, usual_source
@@ -200,14 +200,14 @@ def kd_distill(
     plugin: Plugin = None,
     described: dict | None = None,
     ledger: Annotated[Path | None, _unsaid("File with the answers of a black box; runs that share it pay once",
-                                           "OUT/answers.sqlite")] = None,
+                                           "OUT/answers.sqlite", **PLACE)] = None,
     strict: Strict = False,
     export: Annotated[str | None, _unsaid("Also write the student of your own teacher as: onnx, pt2", "no")] = None,
     test: Annotated[Path | None,
                     _unsaid("A folder with a sub-folder of pictures for each class, to judge that student by",
-                            "none")] = None,
+                            "none", **PLACE)] = None,
     out: Annotated[Path | None, _unsaid("Folder for all results; a run that is unfinished there goes on",
-                                        "kd_out/TARGET-SOURCE-BALANCE-seedSEED, or kd_out/TEACHER")] = None,
+                                        "kd_out/TARGET-SOURCE-BALANCE-seedSEED, or kd_out/TEACHER", **PLACE)] = None,
     root: Root = None,
     device: Device = "auto",
     threads: Annotated[int | None,
@@ -232,7 +232,6 @@ def kd_distill(
     with exit_with(2, debug):
         if balance not in STRATEGIES.where(lasting=True): _misplaced(asked, IMPRESSIONS, "--balance impress")
         asked.source, asked.device = source_of(images, source, strict), _device(device)
-        asked.out, asked.ledger = _home(out), _home(ledger)
         job = _own_job(asked) if is_own(teacher) and target is None else None
     if job: _from_own_teacher(asked, job)
     else: _from_benchmark(asked)
@@ -251,13 +250,6 @@ def _lesson(
 IMPRESSIONS = ("impressed", "ahead")
 TARGETS_OWN = ("few", "teacher_seed", "teacher_bn", "init")
 TEACHERS_OWN = (*(k for k in DESCRIBED if k != "gives"), "export", "test", "ledger")
-
-
-def _home(
-    path: Path | None,  # as the user wrote it
-) -> Path | None:
-    "The same, with a home folder where ~ stands, which a shell leaves alone in --out=~/run."
-    return path and path.expanduser()
 
 
 def _misplaced(
@@ -356,11 +348,13 @@ def kd_diagnose(
     described: dict | None = None,
     ledger: Annotated[Path | None, _unsaid("File with the answers of a black box, to pay for none twice",
                                            "kd_out/TEACHER/answers.sqlite for a service or with a budget, "
-                                           "else none")] = None,
+                                           "else none", **PLACE)] = None,
     strict: Strict = False,
     seed: Annotated[int, _option("Of the images.")] = 0,
-    results: Annotated[Path, _option("Folder with folders of records, to say what such sets reached.")] = RESULTS,
-    out: Annotated[Path | None, _unsaid("Also draw it, to a file that ends in .png, .svg or .pdf", "no")] = None,
+    results: Annotated[Path, _option("Folder with folders of records, to say what such sets reached.",
+                                     **PLACE)] = RESULTS,
+    out: Annotated[Path | None, _unsaid("Also draw it, to a file that ends in .png, .svg or .pdf", "no",
+                                           **PLACE)] = None,
     root: Root = None,
     plugin: Plugin = None,
     device: Device = "auto",
@@ -378,7 +372,7 @@ def kd_diagnose(
         if teacher in TARGETS: _misplaced(SimpleNamespace(described=described, ledger=ledger), (*DESCRIBED, "ledger"),
                                           f"a teacher of your own; leave them out, or name it in place of {teacher}")
         job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed, **_read(described))
-        device, ledger, results, out = _device(device), _home(ledger), _home(results), _home(out)
+        device = _device(device)
     with exit_with(1, debug, goes_on=False):
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
@@ -390,7 +384,7 @@ def kd_diagnose(
         n = planned(job, available(source))
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         kept = {folder.name: _whole(folder) for folder in sorted(results.glob("*/"))}
-        alike = reached(found.entropy, sum(kept.values(), []))
+        alike = reached(found.entropy, (r for records in kept.values() for r in records))
         more = {equal: gained(found.entropy, records_frame(r for name in names for r in kept.get(name, ())), equal)
                 for equal, names in STUDIED.items()}
         if out: write_atomic(out, _drawn(found, out.suffix))
@@ -445,7 +439,7 @@ report_app = _app()
 def kd_report(
     run: Annotated[Path, typer.Argument(
         help="The folder of a run (the --out of kd_distill), of one student in it, or a record of a grid.")],
-    out: Annotated[Path | None, _unsaid("Where the page goes", "report.html in that folder")] = None,
+    out: Annotated[Path | None, _unsaid("Where the page goes", "report.html in that folder", **PLACE)] = None,
     as_json: Annotated[bool, typer.Option(
         "--json", help="Print what the report says as one JSON object, and write nothing.")] = False,
     plugin: Plugin = None,

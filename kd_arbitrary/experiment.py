@@ -20,7 +20,7 @@ import typer
 # %% ../nbs/04_experiment.ipynb #experiment-imports-core
 from .core import pick
 from kd_arbitrary.options import (
-    Debug, Device, Plugin, Quiet, Root, Version, _Listing, _app, _device, _load_plugins, _say, _unsaid,
+    PLACE, Debug, Device, Plugin, Quiet, Root, Version, _Listing, _app, _device, _load_plugins, _say, _unsaid,
     exit_with,
 )
 from .studies.estimates import estimate, step_flops
@@ -86,7 +86,7 @@ Name = Annotated[str, typer.Argument(help="A grid: {name}.")]
 Only = Annotated[str | None,
                  typer.Option(help="Only runs that fit all words; "
                                    "a word is a value or field=value, as in 'mnist pyramid seed=0'.")]
-Results = Annotated[Path, typer.Option(help="Folder with a folder of records for each grid.")]
+Results = Annotated[Path, typer.Option(help="Folder with a folder of records for each grid.", **PLACE)]
 RESULTS = Path("data/results")
 
 
@@ -137,7 +137,8 @@ def run_experiment(
     scheduler: Annotated[str | None,
                          typer.Option(help="Address of a Dask scheduler, for --executor dask on a cluster.")] = None,
     results: Results = RESULTS,
-    work: Annotated[Path | None, _unsaid("Folder for checkpoints of unfinished runs", "with the records")] = None,
+    work: Annotated[Path | None, _unsaid("Folder for checkpoints of unfinished runs", "with the records",
+                                            **PLACE)] = None,
     root: Root = None,
     device: Device = "cpu",
     quiet: Quiet = False,

@@ -1,4 +1,7 @@
 """What balance promises, for any teacher, source, size and seed."""
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
@@ -6,13 +9,16 @@ from torch import nn
 
 import kd_arbitrary.transfer.active  # noqa: F401  registers strategies
 from kd_arbitrary.pictures.sources import make_source
+from kd_arbitrary.studies.records import read_records
 from kd_arbitrary.teachers.teacher import Teacher
 from kd_arbitrary.transfer.balance import STRATEGIES, balance
+from kd_arbitrary.transfer.diagnosis import STEPS_A_NUDGE
 from kd_arbitrary.transfer.quotas import FillReport, quotas
 from kd_arbitrary.transfer.sets import count_distinct
 
 pytestmark = pytest.mark.filterwarnings("ignore:class.* got no image")      # asked for by empty="keep"
 SHAPE = (1, 8, 8)
+RESULTS = Path(__file__).resolve().parent.parent / "data/results"
 
 
 def teacher(k: int, favour: float, seed: int) -> Teacher:
@@ -63,3 +69,12 @@ def test_same_seed_same_set_whatever_the_batch_size(k, favour, n, seed, source, 
     a, b = (balance(make_source(source, SHAPE), t, n, strategy, seed=seed, empty="keep", show=False)[0] for t in (who, small))
     assert torch.equal(a.images, b.images) and torch.equal(a.origin, b.origin)
     assert torch.allclose(a.scores, b.scores, atol=1e-5)
+
+
+def test_a_nudge_costs_what_the_records_say():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                     # some folders hold what is no record
+        records = [r for folder in RESULTS.glob("*/") for r in read_records(folder)]
+    reports = [r["report"] for r in records if r.get("report") and r["config"]["balance"] == "fill"]
+    steps = [t["gradients"] / sum(t["perturbed"]) for t in reports if t.get("gradients") and sum(t["perturbed"])]
+    assert len(steps) > 300 and round(sum(steps) / len(steps)) == STEPS_A_NUDGE

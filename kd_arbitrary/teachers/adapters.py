@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-imports-core
 from ..core import generator
 from .formats import ADAPTERS  # noqa: F401, the last page of kinds: all have entered it
-from .specs import Found, find, in_short
+from .specs import Found, find, how_many, in_short
 from .teacher import GIVES, Teacher, check_answer, off_one, rounded, tensor_of
 
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-prepare
@@ -356,7 +356,7 @@ def _count(
     classes: int | tuple[str, ...] | None,  # as given or found
 ) -> int:
     "How many classes there are, or an error that asks for it or names the contradiction."
-    said = classes if isinstance(classes, int) or classes is None else len(classes)
+    said = how_many(classes)
     if gives in ("labels", "top"):
         if said is None:
             raise ValueError("this teacher answers with labels, which do not say how many classes there are; "

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 # %% ../../nbs/teachers/08_formats.ipynb #formats-imports-core
 from ..core import need
 from .recipes import load_model
-from .specs import ADAPTERS, Found, in_short, untrusted
+from .specs import ADAPTERS, Found, how_many, in_short, untrusted
 
 # %% ../../nbs/teachers/08_formats.ipynb #formats-weights
 def file_digest(
@@ -386,8 +386,7 @@ def python(
     """
     (thing, said), (path, _, name) = of_file(spec), str(spec).rpartition(":")
     classes, shape = (options.get(k) or said.get(TOLD[k]) for k in ("classes", "input_shape"))
-    k = classes if isinstance(classes, int) or classes is None else len(classes)
-    thing = _made(thing, f"{name} of {path}", dict(num_classes=k, shape=shape))
+    thing = _made(thing, f"{name} of {path}", dict(num_classes=how_many(classes), shape=shape))
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
     code = f"{name} of {file_digest(Path(path), *_named(Path(path), said.get('FILES', ())))}"
     if not isinstance(thing, nn.Module):

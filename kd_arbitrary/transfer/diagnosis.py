@@ -207,7 +207,7 @@ def _look(
     return seen, (drawn - start) / len(images), (clock() - drawn) / (new or len(rows))
 
 # %% ../../nbs/transfer/06_diagnosis.ipynb #diag-cost
-STEPS_A_NUDGE = 6  # gradient steps of a nudged image: 5.6 on average over the records of `fill`, failed tries included
+STEPS_A_NUDGE = 6  # gradient steps of a nudged image, failed tries included, on average over the records of `fill`
 
 
 def _cost(
