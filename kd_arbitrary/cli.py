@@ -36,8 +36,10 @@ from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
 from .studies.jobs import execute_job
-from .studies.facts import PAID, agrees, unusable
-from .studies.own import FASTEST, IMAGES, USUALLY, Job, check_job, check_priced, job_teacher, planned
+from .studies.facts import PAID, agrees, passed_over, unusable
+from kd_arbitrary.studies.own import (
+    FASTEST, IMAGES, USUALLY, Job, check_job, check_priced, job_teacher, planned, readable,
+)
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
@@ -102,6 +104,7 @@ def job_table(
             ("agreement", f"{percent(record['agreement'])} of held-out images of the transfer set")]
     if record.get("left_out"):
         rows.insert(4, ("left out", f"{record['left_out']['count']:,} unusable pictures, listed in job.json"))
+    if unread := passed_over(record): rows.insert(4, ("not read", unread))
     if test := record.get("test"):
         rows.append(("accuracy", f"{percent(test['accuracy'])} of {test['n']:,} test images{unusable(test)}"))
         if (agreed := agrees(test)) is not None:
@@ -358,7 +361,9 @@ def kd_diagnose(
     root: Root = None,
     plugin: Plugin = None,
     device: Device = "auto",
+    threads: Annotated[int | None, _unsaid("Processor threads", "all", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
     version: Version = False,
 ):
@@ -373,14 +378,13 @@ def kd_diagnose(
                                           f"a teacher of your own; leave them out, or name it in place of {teacher}")
         job = Job(teacher=teacher, source=source_of(images, source, strict), n=n, seed=seed, **_read(described))
         device = _device(device)
+        if threads: torch.set_num_threads(threads)
     with exit_with(1, debug, goes_on=False):
         with redirect_stdout(sys.stderr):                                     # what models and libraries print
             who = (train_teacher(load_target(teacher, root), root=root, device=device, show=False) if teacher in TARGETS
-                   else _diagnosed(job, ledger, device))
-        if hasattr(who, "box"): _say(f"answers are kept: --ledger {who.box.ledger.path} gives them to kd_distill, and "
-                                     "none is paid for again")
+                   else _diagnosed(job, ledger, device, quiet))
         source = make_source(job.source or usual_source(who.input_shape), who.input_shape, root, teacher=who,
-                             n=sample or GENERATED, seed=seed)
+                             n=sample or GENERATED, most=readable(job), seed=seed, show=not quiet)
         n = planned(job, available(source))
         with redirect_stdout(sys.stderr): found = diagnose(source, who, n, sample, seed)
         kept = {folder.name: _whole(folder) for folder in sorted(results.glob("*/"))}
@@ -398,10 +402,13 @@ def _diagnosed(
     job: Job,
     ledger: Path | None,  # as the user named it
     device: str,
+    quiet: bool,  # do not say where answers are kept
 ) -> Teacher:
     "Who is looked through."
     who = job_teacher(job, ledger or _kept(job), device)
     check_priced(job, who, ledger)
+    if hasattr(who, "box") and not quiet:
+        _say(f"answers are kept: --ledger {who.box.ledger.path} gives them to kd_distill, and none is paid for again")
     return who
 
 

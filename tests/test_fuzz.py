@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from kd_arbitrary.storage import load_tensors
-from kd_arbitrary.pictures.files import load_folder
+from kd_arbitrary.pictures.files import read_pictures
 from kd_arbitrary.pictures.natural import fetch, load_array, load_picture
 from kd_arbitrary.studies.records import RecordError, load_record, write_record
 from kd_arbitrary.studies.execution import claim
@@ -242,11 +242,12 @@ def bomb_png(side):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("data, why", [(bomb_png(9000), "pixels"), (bomb_png(11_000), "pixels"), (bomb_png(2**31 - 1), "pixels"), (b"no picture", "identify")])
 def test_a_folder_names_the_picture(tmp_path, data, why):
+    def shape(**kw): return tuple(read_pictures(tmp_path, (3, 8, 8), tmp_path / "root", show=False, **kw).images.shape)
     Image.new("RGB", (9, 9), "red").save(tmp_path / "good.png")
-    assert load_folder(tmp_path, 8).shape == (1, 3, 8, 8)
+    assert shape() == (1, 3, 8, 8)
     (tmp_path / "bad.png").write_bytes(data)
-    with pytest.raises(ValueError, match=rf"bad\.png.*{why}"): load_folder(tmp_path, 8, strict=True)
-    with pytest.warns(UserWarning, match=rf"1 of 2 pictures are left out.*bad\.png.*{why}"): assert load_folder(tmp_path, 8).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match=rf"bad\.png.*{why}"): shape(strict=True)
+    with pytest.warns(UserWarning, match=rf"1 of 2 pictures are left out.*bad\.png.*{why}"): assert shape() == (1, 3, 8, 8)
 
 
 def test_pickles_of_published_sets_are_checked_first(tmp_path, mark):

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from kd_arbitrary import cli
 from kd_arbitrary.options import exit_with
+from kd_arbitrary.pictures import files
 from kd_arbitrary.students.export import load_student
+from kd_arbitrary.transfer.balance import read_made
 from processes import Job, command, kd_distill as distill
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -49,6 +51,17 @@ def test_own_network_and_own_pictures(home, tmp_path):
     assert card["classes"] == list(LETTERS) and model(torch.rand(1, 3, 24, 24)).shape == (1, 26)
     strict = distill(*words, "--strict", "--out", tmp_path / "strict")
     assert strict.returncode == 1 and "broken.jpg" in strict.stderr and strict.stdout == ""
+
+
+def test_of_a_large_folder_no_more_is_read_than_is_of_use(home, tmp_path, monkeypatch):
+    words = ["--teacher", home / "letters.ts", "--classes", home / "names.txt", "--images", home / "pictures", *SMALL, "--n", "26", "--balance", "none", "--views", "none"]
+    read = []
+    real = files._pixels
+    monkeypatch.setattr(files, "_pixels", lambda what, shape: read.append(1) or real(what, shape))
+    status, told, _ = called(cli.distill_app, *words, "--empty", "keep", "--out", tmp_path / "run")
+    assert status == 0 and "94 more pictures: what was read is all that a set of this size may ask about" in told     # 302 - 8 x 26
+    assert len(read) <= 208 and "94 more pictures" in (tmp_path / "run/report.html").read_text()
+    assert "most=208" in read_made(tmp_path / "run/transfer.safetensors").info["source"]
 
 
 def test_a_budget_holds_through_kills(home, tmp_path):

@@ -52,6 +52,7 @@ class Part:
     take: Callable | Tensor = field(repr=False)
     dtype: torch.dtype = torch.uint8  # of its images
     left_out: tuple[int, tuple[str, ...]] = (0, ())  # pictures that cannot be used, and why, of the first of them
+    unread: int = 0  # pictures that were not looked at
 
     @property
     def size(self) -> int | None:
@@ -86,6 +87,11 @@ class Source:
         "The pictures that were to be among the images and cannot be used."
         return dict(count=sum(p.left_out[0] for p in self.pieces),
                     pictures=[why for p in self.pieces for why in p.left_out[1]])
+
+    @property
+    def unread(self) -> int:
+        "The pictures that were not looked at, because no set of the wanted size would have asked about them."
+        return sum(p.unread for p in self.pieces)
 
     def draw(self,
         n: int,  # number of images, at most `size`
@@ -197,7 +203,8 @@ def crops(
     return out
 
 # %% ../../nbs/pictures/09_sources.ipynb #sources-files
-# what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], `Pictures`, or a function that draws
+# what lies on the disk: functions (shape, root, *, path, options) -> [N, *shape], `Pictures`, or a function that draws;
+# one that takes `show` in front of the star is told whether to show its progress
 FILES = SOURCES.kind("file")
 
 
@@ -216,9 +223,10 @@ def array(shape, root, *, path):
 
 
 @FILES.add
-def folder(shape, root, *, path, strict=False):
-    "All pictures of a folder, a .zip or .tar archive, shards, or a data set on disk, cut to the aspect of the target."
-    return read_pictures(path, shape, root, strict)
+def folder(shape, root, show=False, *, path, strict=False, most=None):
+    """The pictures of a folder, a .zip or .tar archive, shards, or a data set on disk, cut to the aspect of the target:
+    all, or `most` of them, chosen by their names."""
+    return read_pictures(path, shape, root, strict, show, most)
 
 
 @FILES.add(name="crops")
@@ -332,18 +340,20 @@ def make_part(
     shape: tuple[int, int, int],  # (C, H, W)
     root: str | Path | None = None,  # the data root
     download: bool = True,  # may missing sets be downloaded?
+    most: int | None = None,  # pictures that are read of a folder whose own text does not say how many; None: all
     **making,  # teacher, n, seed and show, for a generated part
 ) -> Part:
     "One part of a source; what is drawn is tried out with one image."
     text, given = named(name, arguments, keywords)
     f, kind = SOURCES[name], SOURCES.facts[name]["kind"]
+    if kind == "file" and most and "most" in options(f): given = dict(most=most) | given
     try:
         take = _OPEN[kind](f, shape, root, download, given, making)
         if kind == "generated": return Part(text, kind, take)
-        take, left_out = (take.images, (take.faults, take.left_out)) if isinstance(take, Pictures) else (take, (0, ()))
+        if isinstance(take, Pictures): return _of_pictures(take, bound(name, options(f), [], given)[0], text, shape)
         if not isinstance(take, Tensor): take = _with_shape(take, shape)
         first = take[:1] if isinstance(take, Tensor) else take(1, generator(0))
-        return Part(text, "natural" if kind == "file" else kind, take, check_images(first, shape).dtype, left_out)
+        return Part(text, "natural" if kind == "file" else kind, take, check_images(first, shape).dtype)
     except (TypeError, ValueError, AttributeError, RuntimeError) as e: raise ValueError(f"{text}: {e}") from e
 
 
@@ -351,9 +361,25 @@ _OPEN = dict(  # kind -> what becomes of a source of it: all its images, or a fu
     noise=lambda f, shape, root, download, given, making: partial(f, **given),
     synthetic=lambda f, shape, root, download, given, making: partial(f, **given),
     natural=lambda f, shape, root, download, given, making: fitted(f(root, download), shape),
-    file=lambda f, shape, root, download, given, making: f(shape, root, **given),
+    file=lambda f, shape, root, download, given, making: _shown(f, making)(shape, root, **given),
     generated=lambda f, shape, root, download, given, making: f(shape, root, given, **making),
 )
+
+
+def _of_pictures(
+    got: Pictures,
+    bounded: str,  # the text of the part, with the bound on its pictures
+    text: str,  # and as it was written
+    shape: tuple[int, int, int],  # (C, H, W)
+) -> Part:
+    "A part that was read; its text says how many were, where that is not all."
+    dtype = check_images(got.images[:1], shape).dtype
+    return Part(bounded if got.unread else text, "natural", got.images, dtype, (got.faults, got.left_out), got.unread)
+
+
+def _shown(f, making):
+    "A reader that has been told whether to show its progress, if it asks for that."
+    return partial(f, show=making.get("show", False)) if "show" in inspect.signature(f).parameters else f
 
 
 def _with_shape(f, shape):
@@ -370,8 +396,9 @@ def make_source(
     teacher=None,  # a `Teacher` for generated parts, and only for them
     # images a set should have: a generated part makes its share of them, unless its own text says how many
     n: int | None = None,
+    most: int | None = None,  # pictures that are read of a folder at the most, as for `read_pictures`; None: all
     seed: int = 0,  # of generated images
-    show: bool = False,  # a progress bar while they are made
+    show: bool = False,  # a progress bar while they are made, or pictures are read
 ) -> Source:
     "The source that a text describes."
     shape = tuple(shape)
@@ -386,10 +413,10 @@ def make_source(
         terms.setdefault(part, (name, [], given))
         weights[part] = weights.get(part, 0) + weight
     if len(terms) > 256: raise ValueError(f"a source has at most 256 parts, got {len(terms)}; leave some out")
-    shares, parts = normalised(list(weights.values())), tuple(terms)
-    pieces = tuple(make_part(*term, shape, root, download, teacher=teacher, n=n and math.ceil(n * w), seed=seed,
+    shares = normalised(list(weights.values()))
+    pieces = tuple(make_part(*term, shape, root, download, most, teacher=teacher, n=n and math.ceil(n * w), seed=seed,
                              show=show) for term, w in zip(terms.values(), shares))
-    sizes = [p.size for p in pieces]
+    sizes, parts = [p.size for p in pieces], tuple(p.text for p in pieces)
     return Source(" + ".join(f"{w:.6g}*{t}" for w, t in zip(shares, parts)) if len(parts) > 1 else parts[0],
                   "mixture" if len(parts) > 1 else pieces[0].kind, shape, parts,
                   None if None in sizes else sum(sizes), shares, pieces)

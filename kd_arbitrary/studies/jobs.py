@@ -24,7 +24,7 @@ from ..pictures.sources import Source, make_source, source_from, usual_source
 from ..students.distill import Distilled, distill
 from ..students.evaluate import agreement, evaluate, machine, peak_memory_mb, versions
 from ..students.export import TAKES, export_student, load_student, make_student, save_student, whole_spec
-from .own import IMAGES, Job, check_priced, job_teacher, settle, usual_rate
+from .own import IMAGES, Job, check_priced, job_teacher, readable, settle, usual_rate
 from .report import kept_options, write_report
 from .facts import Record
 from .execution import ELSEWHERE, claim, code_version, now, thinned
@@ -154,7 +154,7 @@ def _source(
     "Where images come from."
     if images is None:
         return make_source(job.source or usual_source(teacher.input_shape), teacher.input_shape, root,
-                           teacher=teacher, n=job.n or IMAGES, seed=job.seed, show=show)
+                           teacher=teacher, n=job.n or IMAGES, most=readable(job), seed=job.seed, show=show)
     if isinstance(images, Source): return images
     return source_from(images, teacher.input_shape, root, strict, show)
 
@@ -220,6 +220,7 @@ def _told(
                classes=list(teacher.classes), shape=list(teacher.input_shape),
                parameters=None if teacher.module is None else count_parameters(teacher.module))
     report, lacking = ts.info["report"], dict(left_out=source.left_out) if source.left_out["count"] else {}
+    if source.unread: lacking["unread"] = source.unread
     return Record(job=asdict(job), finished=now(), teacher=who,
                   student=dict(arch=job.student, parameters=count_parameters(taught.student)),
                   agreement=taught.history[-1].get("agreement"), queries=report["queries"] + taught.queries,

@@ -250,14 +250,16 @@ def _beside(
 
 
 class Onnx:
-    "An ONNX model's answers, by ONNX Runtime."
+    "An ONNX model's answers, by ONNX Runtime, with as many threads as PyTorch has."
 
     def __init__(
         self,
         path: Path,  # an .onnx file
     ):
         self.path, runtime = path, need("onnxruntime", "onnx")
-        try: self.session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        how = runtime.SessionOptions()
+        how.intra_op_num_threads = torch.get_num_threads()
+        try: self.session = runtime.InferenceSession(str(path), how, providers=["CPUExecutionProvider"])
         except Exception as e: raise ValueError(f"{path} cannot be used as an ONNX model: {in_short(e)}") from None
         first, *others = self.session.get_inputs()
         if others:
