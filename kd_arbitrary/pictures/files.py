@@ -112,8 +112,9 @@ def _folder(
     wanted: Callable,  # as for `items`
 ) -> Iterator[Item]:
     "The pictures of a folder."
+    above = len(os.path.join(path, ""))
     for name, fault in _walk(str(path), MEANT, set()):
-        if wanted(os.path.relpath(name, path)): yield Item(name, _no(fault) if fault else partial(_opened, name))
+        if wanted(name[above:]): yield Item(name, _no(fault) if fault else partial(_opened, name))
 
 # %% ../../nbs/pictures/08_files.ipynb #files-archives
 STRAYS = "its name leads out of the archive"
