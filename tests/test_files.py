@@ -176,6 +176,8 @@ def test_a_data_set_of_the_hub(folder, tmp_path, whole):
     assert got.faults == 1 and torch.equal(got.images[:5], whole.images[:5]) and len(got.images) == 39
     datasets.DatasetDict(train=made.select(range(30)), test=made.select(range(30, 40))).save_to_disk(str(tmp_path / "two"))
     assert len(read(tmp_path / "two", tmp_path).images) == 39
+    some = read(tmp_path / "two", tmp_path, most=12)
+    assert (len(some.images) + some.faults, some.unread) == (12, 28)
     datasets.Dataset.from_list([dict(a=1)]).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="no column of pictures; its columns are a"): read(tmp_path / "none", tmp_path)
     with pytest.warns(UserWarning, match="1 of 40 .*cannot identify its format"):
