@@ -27,7 +27,7 @@ from ..pictures.views import make_views
 from .losses import LOSSES
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
-from ..teachers.training import channels_last, fit, predict
+from ..teachers.training import channels_last, check_taught, fit, predict
 from ..transfer.balance import memory_needed
 from ..transfer.collect import Blocks, blocks_of, priced
 from ..transfer.sets import TransferSet, identities
@@ -274,6 +274,7 @@ def _check_student(
     if outputs != len(teacher.classes):
         raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
                          "make it with as many")
+    check_taught(student, to_float(images[[0, -1]].to(device)), outputs)
     if narrow and not channels_last(student, images, device):
         raise ValueError("the student fails with channels-last weights, which bfloat16 needs here: in its forward, "
                          "flatten by x.flatten(1) in place of x.view(len(x), -1), or leave out bfloat16 (--bfloat16)")

@@ -24,7 +24,7 @@ from ..storage import load_tensors, save_tensors, write_atomic
 from ..teachers.formats import Onnx, file_digest, made_by, of_file
 from ..teachers.networks import MODELS, ConvPool, Normalize, PairNorm, make_model
 from ..teachers.specs import in_short
-from ..teachers.training import evaluating
+from ..teachers.training import check_taught, evaluating
 
 # %% ../../nbs/students/04_export.ipynb #export-make
 class _Colours(nn.Module):
@@ -67,13 +67,15 @@ def _fitting(
     num_classes: int,  # of logits
 ) -> nn.Module:  # the network
     "Refuse a network that does not fit images and classes."
+    images = torch.rand(2, *shape, generator=generator("fitting"))
     try:
-        with evaluating(net), torch.no_grad(): answer = net(torch.rand(2, *shape, generator=generator("fitting")))
+        with evaluating(net), torch.no_grad(): answer = net(images)
     except Exception as e:
         raise ValueError(f"{spec} cannot take images of {tuple(shape)}: {e}; name another student (--student)") from e
     if list(getattr(answer, "shape", [])) != [2, num_classes]:
         raise ValueError(f"{spec} gives {list(getattr(answer, 'shape', []))} for 2 images of {num_classes} classes; "
                          f"expected [2, {num_classes}] (--student)")
+    check_taught(net, images, num_classes, spec)
     return net
 
 
@@ -104,7 +106,8 @@ def make_student(
                 net = _timm(name, shape, num_classes)
             else:
                 from torchvision.models import get_model
-                net = get_model(name, weights=None, num_classes=num_classes)
+                plain = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
+                net = get_model(name, weights=None, num_classes=num_classes, **plain)
         except (ValueError, RuntimeError, KeyError) as e:
             raise ValueError(f"{library} has no network {name!r}: {e}; "
                              f"expected one of {', '.join(MODELS)}, or another name") from e
