@@ -23,7 +23,7 @@ from ..core import generator, need, pick
 from ..storage import load_tensors, save_tensors, write_atomic
 from ..teachers.formats import Onnx, file_digest, made_by, of_file
 from ..teachers.networks import MODELS, ConvPool, Normalize, PairNorm, make_model
-from ..teachers.specs import in_short
+from ..teachers.specs import in_short, of_torchvision
 from ..teachers.training import check_taught, evaluating
 
 # %% ../../nbs/students/04_export.ipynb #export-make
@@ -102,12 +102,8 @@ def make_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            if library == "timm":
-                net = _timm(name, shape, num_classes)
-            else:
-                from torchvision.models import get_model
-                plain = dict(aux_logits=False) if name in ("googlenet", "inception_v3") else {}
-                net = get_model(name, weights=None, num_classes=num_classes, **plain)
+            net = (_timm(name, shape, num_classes) if library == "timm"
+                   else of_torchvision(name, num_classes=num_classes))
         except (ValueError, RuntimeError, KeyError) as e:
             raise ValueError(f"{library} has no network {name!r}: {e}; "
                              f"expected one of {', '.join(MODELS)}, or another name") from e

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 # %% ../../nbs/teachers/08_formats.ipynb #formats-imports-core
 from ..core import need
 from .recipes import load_model
-from .specs import ADAPTERS, Found, how_many, in_short, untrusted
+from .specs import ADAPTERS, AUXILIARY, Found, how_many, in_short, untrusted
 
 # %% ../../nbs/teachers/08_formats.ipynb #formats-weights
 def file_digest(
@@ -57,6 +57,8 @@ def _into(
                          "--arch FILE.py:NAME, timm:NAME or torchvision:NAME")
     found = Found(arch) if isinstance(arch, nn.Module) else arch()
     if not isinstance(arch, nn.Module) and (k := _outputs(found.model, weights)): found = arch(k)
+    own = found.model.state_dict()
+    weights = {k: w for k, w in weights.items() if k in own or not k.startswith(AUXILIARY)}
     try: found.model.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"the weights in {path} are not those of {type(found.model).__name__}: "
