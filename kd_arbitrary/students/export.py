@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -191,7 +191,7 @@ def _write_onnx(model, images, path, classes):
     "An ONNX file, and its answers."
     need("onnxruntime", "onnx")
     onnx = need("onnx", "onnx")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):           # where it fails, a graph is printed
         warnings.simplefilter("ignore")                                       # whether it answers alike is looked at
         torch.onnx.export(model, (images,), str(path), dynamo=False, input_names=["images"], output_names=["logits"],
                           dynamic_axes=dict(images={0: "n"}, logits={0: "n"}))
