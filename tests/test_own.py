@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kd_arbitrary import cli
 from kd_arbitrary.options import exit_with
 from kd_arbitrary.pictures import files
-from kd_arbitrary.students.export import load_student
+from kd_arbitrary.students.export import export_student, load_student
 from kd_arbitrary.transfer.balance import read_made
 from processes import Job, command, kd_distill as distill
 
@@ -147,6 +147,14 @@ def test_from_onnx_to_a_smaller_onnx(home, tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["job"]["balance"] == "repeat" and (tmp_path / "run/student.onnx").exists() and told["paid"] >= 400
+
+
+@pytest.mark.skipif(not (find_spec("onnxruntime") and find_spec("onnx")), reason="needs the extra onnx")
+def test_an_export_that_fails_prints_no_graph(tmp_path, capfd):
+    class Rooted(nn.Module):
+        def forward(self, x): return nn.functional.rms_norm(x.flatten(1)[:, :4], (4,))                 # no operator of the exporter's
+    with pytest.raises(ValueError, match="cannot be written as s.onnx"): export_student(Rooted(), tmp_path / "s.onnx", (1, 8, 8), tuple("abcd"))
+    assert capfd.readouterr().out == ""
 
 
 def test_stopped_it_says_how_to_go_on(home, tmp_path):

@@ -12,8 +12,9 @@ import json
 import os
 import tempfile
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -191,7 +192,9 @@ def _write_onnx(model, images, path, classes):
     "An ONNX file, and its answers."
     need("onnxruntime", "onnx")
     onnx = need("onnx", "onnx")
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):           # where it fails, a graph is printed
+    # where it fails, it prints thousands of lines, past Python, to where the results of a command go
+    silent = patch.object(torch._C, "_jit_onnx_log", lambda *said: None, create=True)
+    with warnings.catch_warnings(), silent:
         warnings.simplefilter("ignore")                                       # whether it answers alike is looked at
         torch.onnx.export(model, (images,), str(path), dynamo=False, input_names=["images"], output_names=["logits"],
                           dynamic_axes=dict(images={0: "n"}, logits={0: "n"}))
