@@ -58,10 +58,11 @@ def affine(
 def crop(
     images: Tensor,  # [n, C, H, W] float
     generator: torch.Generator,  # on the CPU
-    pad: int = 4,  # pixels of black border added on every side before cutting
+    pad: int | None = None,  # pixels of black border added on every side before cutting; None: an eighth of the side
 ) -> Tensor:  # [n, C, H, W]
     "Each image shifted by up to `pad` whole pixels, black coming in at the edges."
     n, c, h, w = images.shape
+    pad = round(min(h, w) / 8) if pad is None else pad
     top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator).to(images.device)
     rows = top[:, None] + torch.arange(h, device=images.device)
     cols = left[:, None] + torch.arange(w, device=images.device)
