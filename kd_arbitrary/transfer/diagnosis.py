@@ -294,8 +294,8 @@ def _left(
 def available(
     source: Source,  # any
 ) -> int | None:  # None: any number
-    "How many images there are; those that are made, with or without the teacher, have no end."
-    return None if source.made() else source.size
+    "How many images there are, those of a folder that were not read, too; what is made has no end."
+    return None if source.made() or source.size is None else source.size + source.unread
 
 
 def _advice(
