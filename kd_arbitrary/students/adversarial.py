@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core import generator, keep_freed, need_memory, progress, takes, to_float
 from ..storage import load_tensors, save_tensors
 from ..pictures.views import make_views
-from .distill import Distilled, fingerprint
+from .distill import Distilled, check_student, fingerprint
 from .generators import attention_loss, shared_maps, watching
 from .losses import LOSSES
 from kd_arbitrary.students.methods import (
@@ -27,7 +27,7 @@ from kd_arbitrary.students.methods import (
 )
 from ..teachers.frozen import freezable
 from ..teachers.teacher import Teacher
-from ..teachers.training import SAVE_EVERY, footprint, one_cycle, predict, same_run
+from ..teachers.training import SAVE_EVERY, footprint, one_cycle, same_run
 from ..transfer.sets import TransferSet
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-learn
@@ -219,10 +219,7 @@ def adversarial(
     "Train a generator and a student against each other, or for each other, in front of a teacher."
     _refuse(teacher, method, settings, beside)
     name, making = read_method(method)
-    outputs = predict(student.to(device), torch.zeros(1, *teacher.input_shape), device=device).shape[1]
-    if outputs != len(teacher.classes):
-        raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
-                         "make it with as many")
+    check_student(student.to(device), teacher, torch.zeros(1, *teacher.input_shape), device)
     duel = _begin(teacher, student, name, making, settings, beside, device)
     need_memory(memory_of_duel(duel), f"{method} with batches of {settings.batch_size:,} images",
                 "lower batch_size, the generator's width, or the number of rounds")

@@ -119,7 +119,7 @@ def torchvision(
     name: str,  # NAME or NAME:WEIGHTS; weights "none": untrained
     options: dict,  # classes: of an untrained one, how many
 ) -> Found:
-    "A classifier of torchvision, with the preparation its weights were trained with; an untrained one, its best ones."
+    "A classifier of torchvision, prepared as its weights were; an untrained one, as the best there are for it."
     import torchvision.models as tvm
     name, _, which = name.partition(":")
     if name not in tvm.list_models(tvm): raise _unknown("torchvision", name, tvm.list_models(tvm))
