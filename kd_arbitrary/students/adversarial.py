@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-imports-core
-from ..core import generator, keep_freed, need_memory, progress, takes, to_float
+from ..core import bfloat16_where, generator, keep_freed, need_memory, progress, takes, to_float
 from ..storage import load_tensors, save_tensors
 from ..pictures.views import make_views
 from .distill import Distilled, check_student, fingerprint
@@ -117,7 +117,7 @@ def _begin(
     return Duel(teacher, student, method, maker, making, contest, warm + playing,
                 torch.optim.Adam(maker.parameters(), making.rate, betas),
                 torch.optim.AdamW(student.parameters(), contest.lr, weight_decay=0.0), maps, beside, device, warm=warm,
-                narrow=contest.bfloat16 and freezable(teacher))
+                half=bfloat16_where(contest.bfloat16, device), narrow=contest.bfloat16 and freezable(teacher))
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-keep
 CHAPTERS = 40  # entries of a history

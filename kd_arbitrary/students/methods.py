@@ -122,7 +122,8 @@ class Duel:
     warm: int = 0  # rounds before the student learns
     round: int = 0  # rounds done
     updates: int = 0  # student steps done
-    narrow: bool = False  # teacher and student compute in bfloat16, too
+    half: bool = False  # the generator computes in bfloat16
+    narrow: bool = False  # teacher and student do, too
 
     @property
     def made(self) -> int:
@@ -144,7 +145,7 @@ class Duel:
     ) -> Tensor:  # [n, C, H, W] float32
         "The images that come of it, with a graph where gradients are on."
         kind = torch.device(self.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.contest.bfloat16): x = (maker or self.maker)(z)
+        with torch.autocast(kind, torch.bfloat16, enabled=self.half): x = (maker or self.maker)(z)
         return x.float()
 
     def through(

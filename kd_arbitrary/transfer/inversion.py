@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/transfer/09_inversion.ipynb #inversion-imports-core
-from ..core import generator
+from ..core import bfloat16_where, generator
 from ..teachers.recipes import load_model
 from ..teachers.teacher import Teacher
 from .rivals import Batch, Commission, even_batches, rival
@@ -111,7 +111,7 @@ def invert(
     "Images of the classes, as the teacher remembers them."
     if not lr > 0: raise ValueError(f"lr must be positive, got {lr}; the authors have 0.05")
     if compete and student is None: raise ValueError("compete needs a student to disagree with: name one, or set 0")
-    x = start.to(teacher.device).clone().requires_grad_()
+    x, bfloat16 = start.to(teacher.device).clone().requires_grad_(), bfloat16_where(bfloat16, teacher.device)
     goal, adam = goal.to(teacher.device), torch.optim.Adam([x], lr=lr * UNIT)
     weights = dict(one_hot=one_hot, bn=bn, tv=tv, l2=l2, compete=compete)
     with listening(teacher.module) as heard:
