@@ -31,7 +31,7 @@ from kd_arbitrary.options import (
     _option, _read, _said, _say, _spelt, _unsaid, exit_with,
 )
 from .pictures.files import SUFFIXES
-from .pictures.sources import COLOURED, MIXTURE, make_source, usual_source
+from .pictures.sources import COLOURED, MIXTURE, brings_files, make_source, usual_source
 from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
@@ -43,7 +43,7 @@ from kd_arbitrary.studies.own import (
 from .studies.records import read_records
 from .studies.report import find_runs, report_data, write_report
 from .studies.execution import claim, locked
-from .studies.runs import GIVEN, SIZES, Run
+from .studies.runs import GIVEN, SIZES, Run, looped
 from .studies.effects import STUDIED, gained, gained_text
 from .studies.tables import reached, reached_text, records_frame
 from .teachers.networks import MODELS
@@ -83,7 +83,11 @@ def source_of(
     strict: bool,  # refuse pictures that cannot be used
 ) -> str | None:
     "The source text that is meant."
-    if images is None: return source
+    if images is None:
+        if strict and source and brings_files(source) and "strict" not in source:
+            raise ValueError("--strict is for --images and --test; in a --source, write it into the folder: "
+                             "folder(path='PICTURES', strict=True)")
+        return source
     if source is not None:
         raise ValueError("--images and --source both say where images come from; name one, or mix them in --source")
     if images.suffix.lower() in (".npz", ".npy"): return f"array(path={str(images)!r})"
@@ -304,14 +308,40 @@ def _benchmark_run(
                          "torchvision:NAME, timm:NAME, hf:NAME, file.py:NAME or an address; for a benchmark name its "
                          "--target, too")
     _misplaced(asked, TEACHERS_OWN, "a teacher of your own; leave them out, or name it with --teacher")
-    target, drawn = asked.target or "digits", STRATEGIES.where(as_drawn=True)
-    if asked.limit and asked.balance in drawn and asked.limit < (asked.n or asked.limit):
+    target, gives = asked.target or "digits", asked.described["gives"] or Run.gives
+    how = settings(target, asked.source, asked.student) | _lesson(asked)
+    if gives == "labels": how |= dict(relabel=bool(asked.relabel))            # a black box is not asked in the loop
+    if asked.limit and asked.balance in STRATEGIES.where(as_drawn=True): how["n"] = _within(asked, how["n"])
+    usual = dict(balance="repeat" if gives == "labels" else Run.balance, empty=Run.empty)
+    as_said = ("teacher", "teacher_seed", "teacher_bn", "student", "init")
+    run = Run(**how, **{k: getattr(asked, k) or v for k, v in usual.items()}, target=target, gives=gives,
+              **{k: getattr(asked, k) for k in as_said})
+    _check_acted_on(asked, run)
+    return run
+
+
+def _check_acted_on(
+    asked: SimpleNamespace,  # the command line of `kd_distill`
+    run: Run,  # what it amounts to
+) -> None:
+    "Refuse what was said and changes nothing."
+    if asked.balance not in (None, run.balance):
+        raise ValueError(f"--balance {asked.balance} has no effect with --source {run.source}, which makes no set that "
+                         "could be balanced; leave it out")
+    if asked.few and (run.balance == "none" or looped(run.source) or run.source in GIVEN):
+        raise ValueError(f"--few {asked.few} stands beside a balanced set, and there is none; leave it out, or choose "
+                         "a --balance")
+
+
+def _within(
+    asked: SimpleNamespace,  # the command line of `kd_distill`, with a limit
+    usual: int | None,  # images where nothing is said
+) -> int | None:
+    "Images of a set that is asked about as it is: no more than the limit."
+    if asked.n and asked.limit < asked.n:
         raise ValueError(f"--limit {asked.limit} is less than --n {asked.n}, and with --balance {asked.balance} all "
                          "images of the set are asked about; lower --n, or leave out --limit")
-    as_said = ("teacher", "teacher_seed", "teacher_bn", "student", "init")
-    usual = {k: getattr(asked, k) or getattr(Run, k) for k in ("balance", "empty")}
-    return Run(**settings(target, asked.source, asked.student) | _lesson(asked), **usual, target=target,
-               **{k: getattr(asked, k) for k in as_said}, gives=asked.described["gives"] or Run.gives)
+    return asked.n or usual and min(usual, asked.limit)
 
 
 def _from_benchmark(

@@ -248,7 +248,9 @@ def to_float(
     images: Tensor,  # [N, C, H, W], uint8 0..255 or floating point
 ) -> Tensor:  # [N, C, H, W] float32; uint8 becomes [0, 1], floating point keeps its values
     "What a network receives."
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    if images.dtype != torch.uint8: return images.float()
+    # a number of the device's own is divided by everywhere; by others, CUDA multiplies with the rounded reciprocal
+    return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
 def to_stored(

@@ -10,6 +10,7 @@ __all__ = ['SUFFIXES', 'FOREIGN', 'MEANT', 'ARCHIVES', 'BYTES', 'STRAYS', 'KEPT'
 import glob
 import hashlib
 import json
+import lzma
 import os
 import re
 import stat
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -165,7 +167,7 @@ def _tar(
                 data = b"" if fault or m.size > BYTES else t.extractfile(m).read()
                 if m.size > BYTES: fault = f"{m.size:,} bytes, more than {BYTES:,}"
                 yield Item(f"{path}/{name}", _no(fault) if fault else partial(BytesIO, data))
-    except (tarfile.TarError, EOFError, OSError) as e:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         yield Item(f"{path}", _no(f"the archive ends after {name!r}: {e}"))
 
 # %% ../../nbs/pictures/08_files.ipynb #files-hf
@@ -382,6 +384,7 @@ class _Store:
     def flush(self, done: bool = False, at_once: bool = False):
         "Bring the file up to date, and then what is said of it, at most once a second."
         try:
+            self.file.seek((self.rows - len(self.held)) * self.row)           # where an interrupted one began, too
             for part in self.held: self.file.write(part.numpy().tobytes())
             self.held = []
             if self.key is None: return self.file.flush()
@@ -449,7 +452,7 @@ def _key(
     h = hashlib.sha256((f"3 {list(shape)}" + f" {some}" * (some is not None)).encode())
     def add(name, path):
         try: about = os.stat(path)
-        except OSError: return h.update(f"{name} ?\n".encode())
+        except OSError: return h.update(f"{name} ?\n".encode(errors="replace"))
         h.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode(errors="replace"))
     for place in found:
         endings = (".arrow", ".json") if _is_saved(place) else MEANT
@@ -489,7 +492,9 @@ def _fill(
     "Decode all, in memory if they are few, else into the file that one process at a time writes."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                       # what libraries say of single pictures
-        if not store.state() and _decode_on(store, found(), KEPT, show, strict): return
+        told = store.state()
+        if told and told["done"]: return store.restore(told)                  # nothing is written, where nothing may be
+        if not told and _decode_on(store, found(), KEPT, show, strict): return
         with store.lock():
             told = store.state()
             if told: store.restore(told)

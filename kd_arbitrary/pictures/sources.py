@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'FILES', 'MIXTURE', 'COLOURED', 'share', 'Part', 'Source', 'levels', 'crops', 'fitted', 'array', 'folder',
-           'one_picture', 'source_from', 'parse_source', 'shorten', 'options', 'bound', 'named', 'make_part',
-           'make_source', 'normalised', 'usual_source']
+           'one_picture', 'source_from', 'parse_source', 'brings_files', 'shorten', 'options', 'bound', 'named',
+           'make_part', 'make_source', 'normalised', 'usual_source']
 
 # %% ../../nbs/pictures/09_sources.ipynb #sources-imports
 import ast
@@ -53,11 +53,17 @@ class Part:
     dtype: torch.dtype = torch.uint8  # of its images
     left_out: tuple[int, tuple[str, ...]] = (0, ())  # pictures that cannot be used, and why, of the first of them
     unread: int = 0  # pictures that were not looked at
+    cut: Tensor | None = field(default=None, repr=False)  # the picture of which all its images are pieces
 
     @property
     def size(self) -> int | None:
         "Number of images; None: endless."
         return len(self.take) if hasattr(self.take, "__len__") else None
+
+    @property
+    def pictures(self) -> list[Tensor]:
+        "The pictures that it is, or is cut from."
+        return [t for t in (self.take, self.cut) if isinstance(t, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,10 @@ class Source:
         return {k: sum(price[k] for price in prices) for k in prices[0]} if prices else {}
 
     @property
-    def contents(self) -> str | None:  # 16 hex digits; None: it is endless, and its text says all
-        "What tells the pictures of its finite parts from others of the same name."
-        finite = [p.take for p in self.pieces if isinstance(p.take, Tensor)]
-        return digest(*finite)[:16] if finite else None
+    def contents(self) -> str | None:  # 16 hex digits; None: it is computed, and its text says all
+        "What tells the pictures that it is made of from others of the same name."
+        pictures = [t for p in self.pieces for t in p.pictures]
+        return digest(*pictures)[:16] if pictures else None
 
     @property
     def left_out(self) -> dict:  # count, pictures: why, of the first of them
@@ -262,6 +268,13 @@ def parse_source(
     except ValueError as e: raise ValueError(f"cannot read the source {shorten(text)}: {e}") from None
 
 
+def brings_files(
+    text: str,  # a source
+) -> bool:
+    "Whether it reads files whose content the text does not tell."
+    return any(SOURCES.facts.get(name, {}).get("kind") == "file" for _, name, *_ in parse_source(text))
+
+
 def shorten(
     text: str,  # of any length
 ) -> str:  # in quotes
@@ -351,9 +364,10 @@ def make_part(
         take = _OPEN[kind](f, shape, root, download, given, making)
         if kind == "generated": return Part(text, kind, take)
         if isinstance(take, Pictures): return _of_pictures(take, bound(name, options(f), [], given)[0], text, shape)
+        whole = getattr(take, "keywords", {}).get("picture", [None])[0]       # of `crops`
         if not isinstance(take, Tensor): take = _with_shape(take, shape)
         first = take[:1] if isinstance(take, Tensor) else take(1, generator(0))
-        return Part(text, "natural" if kind == "file" else kind, take, check_images(first, shape).dtype)
+        return Part(text, "natural" if kind == "file" else kind, take, check_images(first, shape).dtype, cut=whole)
     except (TypeError, ValueError, AttributeError, RuntimeError) as e: raise ValueError(f"{text}: {e}") from e
 
 

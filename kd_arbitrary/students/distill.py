@@ -197,7 +197,9 @@ class _Class:
         if self.relabel and self.views: x = self.views(x, g)
         mine, weight = self.ranks.part(len(x))
         target = self._answers(x, mine) if self.relabel else self.scores[index[mine]]
-        return weight * self.loss(model(x[mine]), target, self.teacher.gives, self.temperature)
+        said = model(x[mine])
+        said = said.to(torch.promote_types(said.dtype, torch.float32))        # the logarithm of bfloat16 is too coarse
+        return weight * self.loss(said, target, self.teacher.gives, self.temperature)
 
     def _answers(
         self,

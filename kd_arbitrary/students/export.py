@@ -174,7 +174,8 @@ def export_student(
     images = torch.rand(16, *shape, generator=generator("export"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with evaluating(model), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as d:
-        want, part = model(images), Path(d) / path.name
+        part, home = Path(d) / path.name, next((p.device for p in model.parameters()), images.device)
+        want = model(images.to(home)).cpu()
         try: got = write(portable(model), images, part, classes)
         except (ImportError, OSError): raise
         except Exception as e:                                                # an exporter may raise anything

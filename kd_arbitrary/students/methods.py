@@ -355,7 +355,11 @@ def dafl_images(
     active: float = 0.1,  # weight of the activation loss
     even: float = 5.0,  # weight of the information entropy loss, the balance term
 ) -> list[Batch]:
-    "Images of a generator that was trained by DAFL's losses; it is trained when the first of them is wanted."
+    """Images of a generator that was trained by DAFL's losses.
+
+    It is trained when the first of them is wanted, and not kept: where making them is interrupted, it is trained once
+    more for the rest of them, and the price is that of both times.
+    """
     making = Dafl(width=width, rate=rate, ending=ending, mean=mean, std=std, sure=sure, active=active, even=even)
     trained = cache(lambda: _trained(commission.teacher, making, steps, batch, commission.seed))
     sizes = [len(i) for i in torch.arange(commission.n).split(DRAWN_AT_ONCE)]

@@ -68,9 +68,10 @@ def scarce(
     few: int,  # images
 ) -> dict[str, Run | Callable]:  # folder name to run, or to a function of the records before it
     "The same question where images are few: as drawn, balanced, and as drawn with the queries that balance took."
-    drawn = replace(run, n=few, balance="none", **SCARCE)
+    balanced = replace(run, n=few, **SCARCE)
+    drawn = replace(balanced, balance="none")                                 # which forgets how it was balanced
     as_many = lambda records: replace(drawn, n=records["few-balanced"]["results"]["queries"])
-    return {"few-unbalanced": drawn, "few-balanced": replace(drawn, balance=run.balance), "few-queries": as_many}
+    return {"few-unbalanced": drawn, "few-balanced": balanced, "few-queries": as_many}
 
 
 def comparison(

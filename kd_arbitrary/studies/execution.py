@@ -25,7 +25,7 @@ from torch import nn
 from .. import core
 from ..core import ALONE, Alone, data_root, has_bfloat16
 from ..storage import write_atomic
-from ..pictures.sources import Part, Source, make_source
+from ..pictures.sources import Part, Source, brings_files, make_source
 from ..students.methods import split_source
 from ..students.adversarial import adversarial
 from ..students.generators import imagine
@@ -119,9 +119,10 @@ def _transfer_set(
               | dict(teacher=teacher.fingerprint))
     if run.bfloat16 and (freezable(teacher) or run.balance in STRATEGIES.where(nudges=True)):
         options["bfloat16"] = wanted["bfloat16"] = True
+    if brings_files(run.source): wanted["pictures"] = source.contents
     if path and path.exists():
         ts = read_made(path)
-        same_run(path, ts.info.get("run", {}), wanted)
+        same_run(path, {k: wanted[k] for k in ("pictures",) if k in wanted} | ts.info.get("run", {}), wanted)
         return ts
     return balance(source, teacher, run.n, run.balance, **options, show=show, path=path, note=dict(run=wanted),
                    ranks=ranks)[0]

@@ -29,6 +29,7 @@ from .report import kept_options, write_report
 from .facts import Record
 from .execution import ELSEWHERE, claim, code_version, now, thinned
 from .runs import looped
+from ..teachers.black_box import BudgetError
 from ..teachers.networks import count_parameters
 from ..teachers.teacher import Teacher
 from ..teachers.training import predict, same_run
@@ -193,9 +194,13 @@ def _taught(
     "The student, taught."
     fields = ("epochs", "batch_size", "lr", "temperature", "loss", "views", "cached_views", "holdout", "seed",
               "bfloat16")
-    relabel = False if job.budget else job.relabel
-    return distill(teacher, student, ts, **{k: getattr(job, k) for k in fields}, relabel=relabel, device=device,
-                   checkpoint=out / "checkpoint.safetensors", show=show, ranks=ranks)
+    how = {k: getattr(job, k) for k in fields} | dict(relabel=False if job.budget else job.relabel)
+    try: return distill(teacher, student, ts, **how, device=device, checkpoint=out / "checkpoint.safetensors",
+                        show=show, ranks=ranks)
+    except BudgetError as e:                                                  # others have paid from it, too
+        raise BudgetError(f"{e}. It does not reach for {job.cached_views} views of {len(ts):,} images: give a larger "
+                          "--budget, or --views none, and another --out; with --ledger "
+                          f"{teacher.box.ledger.path} no answer is paid for twice") from e
 
 # %% ../../nbs/studies/14_jobs.ipynb #job-tell
 def _paid(

@@ -104,6 +104,7 @@ def settle(
 ) -> Job:
     "What was left open, filled in."
     check_lesson(teacher, job)
+    job = replace(job, balance=job.balance or _balance(job, teacher))         # which says what a limit means
     small, gray = max(teacher.input_shape[1:]) <= 64, teacher.input_shape[0] == 1
     student = job.student or ("lenet5_half" if small and gray else "wrn16_1" if small else None)
     if student is None:
@@ -112,8 +113,8 @@ def settle(
     most = planned(job, size)
     _enough(job, size, most, len(teacher.classes))
     out = dict(student=student, n=most, views=_views(job, teacher.input_shape), recheck=_recheck(job),
-               empty=job.empty or ("keep" if job.budget else "refuse"), balance=job.balance or _balance(job, teacher))
-    if out["balance"] not in STRATEGIES.where(lasting=True): out |= dict(impressed=Job.impressed, ahead=Job.ahead)
+               empty=job.empty or ("keep" if job.budget else "refuse"))
+    if job.balance not in STRATEGIES.where(lasting=True): out |= dict(impressed=Job.impressed, ahead=Job.ahead)
     if job.budget: out |= dict(limit=min(x for x in (job.limit, _drawable(job, most)) if x is not None))
     return replace(job, **out)
 

@@ -222,6 +222,7 @@ def _check_black(
 ) -> None:
     "Refuse what needs more than labels."
     why = "and this teacher gives labels alone"
+    if looped(run.source): raise ValueError(f"{run.source} follows the teacher's gradients, {why}; draw images instead")
     if run.balance in STRATEGIES.where(nudges=True):
         raise ValueError(f"strategy {run.balance!r} needs gradients, {why}; use 'repeat' or 'active'")
     if run.loss in LOSSES.where(logits=True):

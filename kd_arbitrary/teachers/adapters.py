@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from ..core import generator
 from .formats import ADAPTERS  # noqa: F401, the last page of kinds: all have entered it
 from .specs import Found, find, how_many, in_short
-from .teacher import GIVES, Teacher, check_answer, off_one, rounded, tensor_of
+from .teacher import GIVES, Teacher, _still, check_answer, name_of, off_one, rounded, tensor_of
 
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-prepare
 class Prepare(nn.Module):
@@ -134,7 +134,8 @@ def _chain(
         if found.code: chain.known_by = f" {found.code}"
         return chain
     def ask(x): return (after or (lambda a: a))(tensor_of(found.model(prepare.to(x.device)(x))))
-    for name in ("fingerprint", "hint", "__qualname__"):
+    ask.__qualname__ = name_of(found.model)
+    for name in ("fingerprint", "hint"):
         if hasattr(found.model, name): setattr(ask, name, getattr(found.model, name))
     if prepared := prepare.told(): ask.fingerprint = f"{Teacher(ask, 2, (1, 1, 1)).fingerprint} {prepared}"
     return ask
@@ -163,7 +164,7 @@ def load_teacher(
     shape = _shape(found, input_shape)
     prepare = _prepared(found, shape, mean, std, input_range)
     ask, given = _chain(found, prepare, None), found.classes if classes is None else classes
-    if isinstance(ask, nn.Module): ask = ask.eval().to(device)
+    if isinstance(ask, nn.Module): ask = _still(ask).to(device)  # one's own network stays as it is
     else: device = "cpu"  # a function may know no other place
     front = _front(ask, found.model, wall)
     if front is not ask: front.accept = lambda answer: _understood(found, answer, gives, given, multi_label)
@@ -342,7 +343,7 @@ def _first_answer(
     if hasattr(ask, "ledger"): return ask(images).cpu()
     try:
         with torch.inference_mode(): answer = ask(images)
-    except (RuntimeError, TypeError) as e:
+    except (RuntimeError, TypeError, AssertionError) as e:
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__  # below TorchScript's traceback
         raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {why}; "
                          "check input_shape (--input-shape)"

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # %% ../../nbs/teachers/08_formats.ipynb #formats-imports-core
+from .. import core
 from ..core import need
 from .recipes import load_model
 from .specs import ADAPTERS, AUXILIARY, Found, how_many, in_short, untrusted
@@ -279,7 +281,8 @@ class Onnx:
     def __call__(self, x: Tensor) -> Tensor:
         step, out = self.batch or max(1, len(x)), []
         x = x.permute(0, 2, 3, 1) if self.last else x
-        x = (x * 255).round() if self.dtype is np.uint8 else x
+        # some sources go beyond black and white
+        x = (x * 255).round().clamp(0, 255) if self.dtype is np.uint8 else x
         for part in x.cpu().split(step):
             full = torch.cat([part, part[-1:].expand(step - len(part), -1, -1, -1)]) if len(part) < step else part
             try: answer = self.session.run(None, {self.input: full.numpy().astype(self.dtype)})[0]
@@ -359,6 +362,40 @@ def _made(
     return thing if asks else made_by(thing, name, known)
 
 
+_NEIGHBOURS = set()  # modules that came from beside a file that was run
+
+
+def _run(
+    path: Path,  # a Python file
+) -> ModuleType:
+    "The file, run with its folder in front, as a script is; no other folder's files stand in for its own."
+    folder, name = path.resolve().parent, f"kd_arbitrary_file_{file_digest(path)}"
+    own = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
+    ours = folder, sys.prefix, sys.base_prefix, Path(core.__file__).parent
+    stray = lambda k, m: k in _NEIGHBOURS or not _beneath(m, *ours)
+    for k, m in list(sys.modules.items()):
+        if k.partition(".")[0] in own and stray(k, m): del sys.modules[k]
+    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(name, path))
+    before, sys.modules[name] = set(sys.modules), module
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try: found.loader.exec_module(module)
+    except Exception as e: raise ValueError(f"{path} cannot be run: {type(e).__name__}: {in_short(e)}") from e
+    finally:
+        sys.path.remove(str(folder))
+        _NEIGHBOURS.update(k for k in set(sys.modules) - before - {name} if _beneath(sys.modules[k], folder))
+    return module
+
+
+def _beneath(
+    module: ModuleType,
+    *folders: str | Path,
+) -> bool:  # True also of what has no file
+    "Whether its file lies in one of the folders or below."
+    file = getattr(module, "__file__", None)
+    return file is None or any(Path(file).resolve().is_relative_to(folder) for folder in folders)
+
+
 def of_file(
     spec: str,  # FILE.py:NAME; the file is run
 ) -> tuple[Callable, dict]:  # what has that name, and all names of the file
@@ -367,11 +404,7 @@ def of_file(
     if not path or not Path(path).is_file():
         if Path(spec).is_file(): raise ValueError(f"{spec} is a file, and nothing in it is named; expected {spec}:NAME")
         raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
-    sys.path.insert(0, folder := str(Path(path).resolve().parent))  # where it finds its neighbours, as if it were run
-    try: found.loader.exec_module(module)
-    except Exception as e: raise ValueError(f"{path} cannot be run: {type(e).__name__}: {in_short(e)}") from e
-    finally: sys.path.remove(folder)
+    module = _run(Path(path))
     if not callable(getattr(module, name, None)):
         there = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise ValueError(f"{path} has no function or network {name!r}; it has {', '.join(there) or 'none'}")
@@ -418,6 +451,8 @@ def _careful(
 ):
     "Its answer, or an error that says whose it is; what may pass is passed on."
     try: return thing(x)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"{name} failed: {e}; import what lies beside the file at its top, not later") from e
     except Exception as e:
         # a file that is not there will not be there at the next attempt either
         if isinstance(e, OSError) and not isinstance(e, (FileNotFoundError, IsADirectoryError, PermissionError)): raise

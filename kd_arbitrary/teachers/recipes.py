@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/teachers/06_recipes.ipynb #recipes-imports-core
 from .. import core
-from ..core import Facts, data_root, generator, pick, to_float
+from ..core import Facts, data_root, digest, generator, pick, to_float
 from ..storage import load_tensors, save_tensors, write_atomic
 from ..pictures.views import make_views
 from .networks import make_model
@@ -152,6 +152,7 @@ def train_teacher(
     if origin == "trained": _train(target, recipe, path, device, show)
     with suppress(OSError): path.with_suffix(".partial").unlink()
     model, card = load_model(path)
+    _check_card(card, target, path)
     teacher = Teacher(model, target.classes, target.shape, device=device)
     if origin == "published" and teacher.fingerprint != card["fingerprint"]:
         raise ValueError(f"{path} is damaged: its weights have the fingerprint {teacher.fingerprint}, "
@@ -159,6 +160,23 @@ def train_teacher(
     teacher.card = (card | dict(path=str(path), origin=origin, fingerprint=teacher.fingerprint,
                                 published=teacher.fingerprint in published()))
     return teacher
+
+
+def _check_card(
+    card: dict,  # of a teacher
+    target: Target,  # that it is to know
+    path: Path,  # of the teacher
+) -> None:
+    "Refuse a teacher of other classes or images; cards of before, and published ones, do not say of which images."
+    mine = dict(shape=list(target.shape), classes=list(target.classes))
+    if "learned" in card: mine["learned"] = _lesson_of(target)
+    odd = [k for k, v in mine.items() if card.get(k, v) != v]
+    if odd: raise ValueError(f"{path} was taught with other data of {target.name} than there are now ("
+                             + ", ".join({"learned": "images or labels"}.get(k, k) for k in odd)
+                             + "); delete it, or bring the data back")
+
+
+def _lesson_of(target: Target) -> str: return digest(target.train_images, target.train_labels)[:16]
 
 
 def _find(
@@ -185,10 +203,10 @@ def _train(
     lesson = _Labels(x, y, make_views(recipe["views"]), seed=recipe["seed"], **ours)
     options = {k: v for k, v in recipe.items() if k not in (*_OWN, "arch", "views")}
     fit(model, lesson.loss_of, len(x), checkpoint=path.with_suffix(".partial"), device=device,
-        config=dict(target=target.name, arch=arch) | ours,
+        config=dict(target=target.name, arch=arch, learned=(learned := _lesson_of(target))) | ours,
         desc=f"teacher {target.name} {arch}", show=show, starting=lesson.starting, **options)
     correct = predict(model, target.test_images, device=device).argmax(1) == target.test_labels
     save_model(path, model,
                dict(target=target.name, arch=arch, shape=list(target.shape), classes=list(target.classes),
-                    recipe=recipe,
-                    train_images=len(x), test_accuracy=correct.float().mean().item(), torch=torch.__version__))
+                    recipe=recipe, train_images=len(x), learned=learned,
+                    test_accuracy=correct.float().mean().item(), torch=torch.__version__))

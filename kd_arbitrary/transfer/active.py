@@ -250,7 +250,7 @@ def ask_actively(
         plain = at < (round(PLAIN * b) if listen else b)
         rows, goal, now = rows[at], goal[at], answers.argmax(1)
         told.note(None if scores is None else scores[rows].argmax(1), now, plain, goal)
-        guess.learn(features[rows], now)
+        if len(rows): guess.learn(features[rows], now)
         mine = take(now, room)
         room, left = room - torch.bincount(now[mine], minlength=k), left - len(rows)
         work.kept.add(images[rows][mine], answers[mine], origin[rows][mine])

@@ -270,8 +270,7 @@ def _key(
     work: Commission,  # what it is asked
 ) -> str:  # 16 hex digits
     "The name of a set: a hash of all its images depend on."
-    pieces = [p.take for p in work.start.pieces if p.size] if work.start else []
-    files = [digest(t) for t in pieces]
+    files = [digest(t) for p in work.start.pieces for t in p.pictures] if work.start else []
     if said.get("student"): files.append(hashlib.sha256(Path(said["student"]).read_bytes()).hexdigest())
     config = [EDITION, name, said, work.n, work.seed, work.teacher.fingerprint, list(work.teacher.input_shape), files]
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
