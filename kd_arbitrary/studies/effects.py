@@ -267,14 +267,15 @@ def lead_over(
 
 
 def worth_of_time(
-    frame: pd.DataFrame,  # runs of one target: contestant, minutes (the budget), cpu (seconds really spent), accuracy
+    frame: pd.DataFrame,  # runs of one target: contestant, minutes (the budget), cpu (seconds spent), accuracy
     ours: str,  # a contestant
     theirs: str,  # the one it is set against, at this budget and at a smaller one
     minutes: float,  # the budget
-) -> tuple[float, float]:  # share of time spent beyond theirs (0.1: 10 % more), and what that is worth to them in points
-    "What the other one would gain in the time that one really took, along the logarithm of the time between its budgets."
+) -> tuple[float, float]:  # share of time beyond theirs (0.1: 10 % more), and what that is worth to them, in points
+    "What the other one would gain in the time that one really took, by the logarithm of time between its budgets."
     mean = frame.groupby(["contestant", "minutes"])[["cpu", "accuracy"]].mean()
-    before, here = (mean.loc[theirs].loc[m] for m in (max(m for m in mean.loc[theirs].index if m < minutes), minutes))
+    other = mean.loc[theirs]
+    before, here = other.loc[max(m for m in other.index if m < minutes)], other.loc[minutes]
     more = mean.loc[(ours, minutes), "cpu"] / here.cpu
     slope = 100 * (here.accuracy - before.accuracy) / np.log(here.cpu / before.cpu)
     return float(more - 1), float(slope * np.log(more))
