@@ -343,7 +343,7 @@ def _first_answer(
     if hasattr(ask, "ledger"): return ask(images).cpu()
     try:
         with torch.inference_mode(): answer = ask(images)
-    except (RuntimeError, TypeError, AssertionError) as e:
+    except (RuntimeError, TypeError, AssertionError, ImportError) as e:
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__  # below TorchScript's traceback
         raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {why}; "
                          "check input_shape (--input-shape)"

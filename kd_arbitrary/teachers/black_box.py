@@ -34,7 +34,7 @@ from torch import Tensor
 # %% ../../nbs/teachers/10_black_box.ipynb #bb-imports-core
 from ..core import to_float, to_stored
 from .specs import ADAPTERS, Found
-from .teacher import GIVES, Teacher, name_of, tensor_of
+from .teacher import GIVES, Teacher, check_named, tensor_of
 
 # %% ../../nbs/teachers/10_black_box.ipynb #bb-ledger
 class BudgetError(RuntimeError):
@@ -330,6 +330,17 @@ _UNSENT = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    "Images are not sent on, and without them another address has nothing to be asked."
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        if request.data is None: return super().redirect_request(request, file, code, message, headers, url)
+        raise ValueError(f"{request.full_url} has moved to {url}; name that address as the teacher")
+
+
+_SERVICES = urllib.request.build_opener(_Stay)
+
+
 def _fetched(
     request: urllib.request.Request | str,
     timeout: float,  # seconds
@@ -339,9 +350,8 @@ def _fetched(
     url = request.full_url
     for name, value in _headers().items(): request.add_unredirected_header(name, value)  # no other server gets a key
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as reply: text, at = reply.read(), reply.geturl()
+        with _SERVICES.open(request, timeout=timeout) as reply: text = reply.read()
     except urllib.error.HTTPError as e:
-        _check_place(request, e.geturl())
         wait = e.headers.get("Retry-After", "")
         if e.code == 429 or e.code >= 500:
             raise Busy(f"{url} answered {e.code}", float(wait) if wait.replace(".", "", 1).isdigit() else None) from e
@@ -351,22 +361,12 @@ def _fetched(
         why = getattr(e, "reason", e)
         raise Busy(f"{url} cannot be reached: {getattr(why, 'strerror', None) or why}",
                    sent=not (isinstance(why, _UNSENT) or getattr(why, "errno", None) in _NO_WAY)) from None
-    _check_place(request, at)
     try: told = json.loads(text)
     except ValueError:
         raise ValueError(f"{url} did not answer with JSON but with {text[:60]!r}; is it the right address?") from None
     if not isinstance(told, dict):
         raise ValueError(f"{url} answered with a JSON {type(told).__name__}; expected an object")
     return told
-
-
-def _check_place(
-    request: urllib.request.Request,
-    at: str,  # where the answer came from
-) -> None:
-    "Refuse the answer of another address: the images do not go along, so it was not asked about them."
-    if request.data is not None and at != request.full_url:
-        raise ValueError(f"{request.full_url} has moved to {at}; name that address as the teacher")
 
 
 def _service(
@@ -443,6 +443,7 @@ def behind_ledger(
     **options,  # of `BlackBox`
 ) -> Teacher:  # a black box; `teacher.box` is the wall in front of it
     "The same teacher, its questions counted and its answers kept."
+    if teacher.module is None: check_named(teacher._ask, teacher.fingerprint)
     def ask(x):
         scores = teacher(x)
         return scores.argmax(1) if teacher.gives == "labels" else scores
@@ -460,9 +461,7 @@ def walled(
     "A ledger for a teacher that is loaded with it, so that its first question is counted and kept too."
     def build(ask):
         known = getattr(ask, "fingerprint", None) or Teacher(ask, 2, (1, 1, 1)).fingerprint
-        if known.startswith("function ") and name_of(ask).endswith((">", ")")):
-            raise ValueError(f"answers are kept under the teacher's name, and {name_of(ask)} may be any; give it one: "
-                             "f.fingerprint = 'what it is, and its version'")
+        check_named(ask, known)
         return BlackBox(ask, Ledger(path, known, budget), **options)
     return build
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'KINDS', 'TOLD', 'file_digest', 'safetensors', 'pickled', 'Program', 'exported', 'torchscript', 'Onnx',
-           'onnx', 'made_by', 'of_file', 'python']
+           'onnx', 'made_by', 'Neighbours', 'of_file', 'python']
 
 # %% ../../nbs/teachers/08_formats.ipynb #formats-imports
 import ast
@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -362,49 +362,78 @@ def _made(
     return thing if asks else made_by(thing, name, known)
 
 
-_NEIGHBOURS = set()  # modules that came from beside a file that was run
+class Neighbours:
+    "The modules beside a Python file: there while it is run or asked, whatever else bears their names elsewhere."
+    brought = set()  # names that are in `sys.modules` because a file like this imported them
+
+    def __init__(
+        self,
+        folder: Path,  # of the file
+    ):
+        names = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/*.py")}
+        self.folder, self.names = folder, names - {"__main__", core.__name__.partition(".")[0]}
+        self.modules = {}  # those that it has imported
+
+    def _there(
+        self,
+        own: bool,  # of this folder, or those that another one has in their place; never of a library
+    ) -> dict[str, ModuleType]:
+        "What is imported under the names of this folder."
+        of = {k: m for k, m in list(sys.modules.items()) if k.partition(".")[0] in self.names}
+        return {k: m for k, m in of.items() if (place := _place(m)) and (
+            place.is_relative_to(self.folder) if own else k in self.brought or not any(
+                place.is_relative_to(p) for p in (self.folder, sys.prefix, sys.base_prefix)))}
+
+    @contextmanager
+    def present(self):
+        "A block in which they are found by their names, as a script finds them."
+        others = self._there(own=False)
+        for k in others: del sys.modules[k]
+        shared = self._there(own=True)                                        # what the caller has of this folder
+        sys.modules.update(self.modules)
+        sys.path.insert(0, str(self.folder))
+        importlib.invalidate_caches()
+        try: yield
+        finally:
+            sys.path.remove(str(self.folder))
+            self.modules = {k: m for k, m in self._there(own=True).items() if k not in shared}
+            for k in self.modules: del sys.modules[k]
+            sys.modules.update(others)
+            self.brought |= {k for k in self.modules if sys.modules.setdefault(k, self.modules[k]) is self.modules[k]}
+
+
+def _place(
+    module: ModuleType,
+) -> Path | None:
+    "Where it comes from; None where it has no file."
+    where = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    return where and Path(where).resolve()
 
 
 def _run(
     path: Path,  # a Python file
+    beside: Neighbours,  # its folder
 ) -> ModuleType:
-    "The file, run with its folder in front, as a script is; no other folder's files stand in for its own."
-    folder, name = path.resolve().parent, f"kd_arbitrary_file_{file_digest(path)}"
-    own = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
-    ours = folder, sys.prefix, sys.base_prefix, Path(core.__file__).parent
-    stray = lambda k, m: k in _NEIGHBOURS or not _beneath(m, *ours)
-    for k, m in list(sys.modules.items()):
-        if k.partition(".")[0] in own and stray(k, m): del sys.modules[k]
+    "The file, run as a script is; it may be looked up by its name afterwards, as data classes do."
+    name = f"kd_arbitrary_file_{file_digest(path)}"
     module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(name, path))
-    before, sys.modules[name] = set(sys.modules), module
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try: found.loader.exec_module(module)
-    except Exception as e: raise ValueError(f"{path} cannot be run: {type(e).__name__}: {in_short(e)}") from e
-    finally:
-        sys.path.remove(str(folder))
-        _NEIGHBOURS.update(k for k in set(sys.modules) - before - {name} if _beneath(sys.modules[k], folder))
+    sys.modules[name] = module
+    with beside.present():
+        try: found.loader.exec_module(module)
+        except Exception as e: raise ValueError(f"{path} cannot be run: {type(e).__name__}: {in_short(e)}") from e
     return module
-
-
-def _beneath(
-    module: ModuleType,
-    *folders: str | Path,
-) -> bool:  # True also of what has no file
-    "Whether its file lies in one of the folders or below."
-    file = getattr(module, "__file__", None)
-    return file is None or any(Path(file).resolve().is_relative_to(folder) for folder in folders)
 
 
 def of_file(
     spec: str,  # FILE.py:NAME; the file is run
+    beside: Neighbours | None = None,  # its folder, for who runs what is in it later
 ) -> tuple[Callable, dict]:  # what has that name, and all names of the file
     "Something callable of a Python file."
     path, _, name = str(spec).rpartition(":")
     if not path or not Path(path).is_file():
         if Path(spec).is_file(): raise ValueError(f"{spec} is a file, and nothing in it is named; expected {spec}:NAME")
         raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
-    module = _run(Path(path))
+    module = _run(Path(path), beside or Neighbours(Path(path).resolve().parent))
     if not callable(getattr(module, name, None)):
         there = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise ValueError(f"{path} has no function or network {name!r}; it has {', '.join(there) or 'none'}")
@@ -421,13 +450,15 @@ def python(
     Both are known by their name, their file, and the files named in `FILES`, a network by its weights, too; what else
     they read is not noticed.
     """
-    (thing, said), (path, _, name) = of_file(spec), str(spec).rpartition(":")
+    path, _, name = str(spec).rpartition(":")
+    beside = Neighbours(Path(path).resolve().parent) if path else None
+    thing, said = of_file(spec, beside)
     classes, shape = (options.get(k) or said.get(TOLD[k]) for k in ("classes", "input_shape"))
     thing = _made(thing, f"{name} of {path}", dict(num_classes=how_many(classes), shape=shape))
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
     code = f"{name} of {file_digest(Path(path), *_named(Path(path), said.get('FILES', ())))}"
     if not isinstance(thing, nn.Module):
-        thing = partial(_careful, thing, f"{name} of {path}")
+        thing = partial(_careful, thing, f"{name} of {path}", beside)
         thing.fingerprint = code
     return Found(thing, code=code, **{k: said.get(upper) for k, upper in TOLD.items()})
 
@@ -447,12 +478,12 @@ def _named(
 def _careful(
     thing: Callable,  # of images
     name: str,  # for the message
+    beside: Neighbours,  # what it may import now
     x: Tensor,  # images
 ):
     "Its answer, or an error that says whose it is; what may pass is passed on."
-    try: return thing(x)
-    except ModuleNotFoundError as e:
-        raise ValueError(f"{name} failed: {e}; import what lies beside the file at its top, not later") from e
+    try:
+        with beside.present(): return thing(x)
     except Exception as e:
         # a file that is not there will not be there at the next attempt either
         if isinstance(e, OSError) and not isinstance(e, (FileNotFoundError, IsADirectoryError, PermissionError)): raise
