@@ -13,7 +13,8 @@ def keep_memory() -> bool:  # whether the C library is one that can be told
     "Tell glibc to keep freed memory in this process, large blocks too."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return False
-    return bool(mallopt(-3, 1 << 30) and mallopt(-1, 2**31 - 1))              # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    large = mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)                     # M_MMAP_THRESHOLD; older ones allow less
+    return bool(large and mallopt(-1, 2**31 - 1))                             # M_TRIM_THRESHOLD
 
 
 def sample() -> dict[str, tuple[int, dict]]:  # name to (images a call, seconds a call)

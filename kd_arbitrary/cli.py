@@ -31,7 +31,7 @@ from kd_arbitrary.options import (
     _option, _read, _said, _say, _spelt, _unsaid, exit_with,
 )
 from .pictures.files import SUFFIXES
-from .pictures.sources import COLOURED, MIXTURE, brings_files, make_source, usual_source
+from .pictures.sources import COLOURED, MIXTURE, make_source, usual_source
 from .students.ranks import ranks
 from .studies.comparison import (FEW, JOB, JOBS, SHOWN, compare, comparison, default_out, listing,
                                              settings, table)
@@ -81,10 +81,11 @@ def source_of(
     images: Path | None,  # a folder, an archive, a pattern, a NumPy file, or one picture
     source: str | None,  # or a source text
     strict: bool,  # refuse pictures that cannot be used
+    tested: bool = False,  # there are others that this may be about
 ) -> str | None:
     "The source text that is meant."
     if images is None:
-        if strict and source and brings_files(source) and "strict" not in source:
+        if strict and not tested:
             raise ValueError("--strict is for --images and --test; in a --source, write it into the folder: "
                              "folder(path='PICTURES', strict=True)")
         return source
@@ -238,7 +239,7 @@ def kd_distill(
     asked.said = dict(plugin=plugin, device=None if device == "auto" else device, threads=threads)
     with exit_with(2, debug):
         if balance not in STRATEGIES.where(lasting=True): _misplaced(asked, IMPRESSIONS, "--balance impress")
-        asked.source, asked.device = source_of(images, source, strict), _device(device)
+        asked.source, asked.device = source_of(images, source, strict, test is not None), _device(device)
         job = _own_job(asked) if is_own(teacher) and target is None else None
     if job: _from_own_teacher(asked, job)
     else: _from_benchmark(asked)
@@ -311,7 +312,8 @@ def _benchmark_run(
     target, gives = asked.target or "digits", asked.described["gives"] or Run.gives
     how = settings(target, asked.source, asked.student) | _lesson(asked)
     if gives == "labels": how |= dict(relabel=bool(asked.relabel))            # a black box is not asked in the loop
-    if asked.limit and asked.balance in STRATEGIES.where(as_drawn=True): how["n"] = _within(asked, how["n"])
+    if asked.limit and asked.balance in STRATEGIES.where(as_drawn=True):
+        how["n"] = _within(asked, how["n"] or SIZES[target][0])
     usual = dict(balance="repeat" if gives == "labels" else Run.balance, empty=Run.empty)
     as_said = ("teacher", "teacher_seed", "teacher_bn", "student", "init")
     run = Run(**how, **{k: getattr(asked, k) or v for k, v in usual.items()}, target=target, gives=gives,
@@ -335,13 +337,13 @@ def _check_acted_on(
 
 def _within(
     asked: SimpleNamespace,  # the command line of `kd_distill`, with a limit
-    usual: int | None,  # images where nothing is said
-) -> int | None:
+    usual: int,  # images where nothing is said
+) -> int:
     "Images of a set that is asked about as it is: no more than the limit."
     if asked.n and asked.limit < asked.n:
         raise ValueError(f"--limit {asked.limit} is less than --n {asked.n}, and with --balance {asked.balance} all "
                          "images of the set are asked about; lower --n, or leave out --limit")
-    return asked.n or usual and min(usual, asked.limit)
+    return asked.n or min(usual, asked.limit)
 
 
 def _from_benchmark(

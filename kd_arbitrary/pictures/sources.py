@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'FILES', 'MIXTURE', 'COLOURED', 'share', 'Part', 'Source', 'levels', 'crops', 'fitted', 'array', 'folder',
-           'one_picture', 'source_from', 'parse_source', 'brings_files', 'shorten', 'options', 'bound', 'named',
-           'make_part', 'make_source', 'normalised', 'usual_source']
+           'one_picture', 'source_from', 'parse_source', 'brings_files', 'pictures_of', 'shorten', 'options', 'bound',
+           'named', 'make_part', 'make_source', 'normalised', 'usual_source']
 
 # %% ../../nbs/pictures/09_sources.ipynb #sources-imports
 import ast
@@ -62,8 +62,10 @@ class Part:
 
     @property
     def pictures(self) -> list[Tensor]:
-        "The pictures that it is, or is cut from."
-        return [t for t in (self.take, self.cut) if isinstance(t, Tensor)]
+        "The pictures that it is, or is cut from, or begins with."
+        begun = getattr(getattr(self.take, "commission", None), "start", None)
+        return [t for t in (self.take, self.cut) if isinstance(t, Tensor)] + [
+            t for p in (begun.pieces if begun else ()) for t in p.pictures]
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,26 @@ def brings_files(
     text: str,  # a source
 ) -> bool:
     "Whether it reads files whose content the text does not tell."
-    return any(SOURCES.facts.get(name, {}).get("kind") == "file" for _, name, *_ in parse_source(text))
+    return bool(_file_terms(text))
+
+
+def _file_terms(
+    text: str,  # a source
+) -> list[tuple[str, list, dict]]:  # name, arguments, keyword arguments
+    "The terms that read files; a generated set may begin with some."
+    terms = [term for _, *term in parse_source(text)]
+    begun = [more for _, _, said in terms if said.get("start") for more in _file_terms(said["start"])]
+    return [term for term in terms if SOURCES.facts.get(term[0], {}).get("kind") == "file"] + begun
+
+
+def pictures_of(
+    text: str,  # a source that `brings_files`
+    shape: tuple[int, int, int],  # (C, H, W) of the images wanted
+    root: str | Path | None = None,  # the data root
+) -> str:  # 16 hex digits
+    "What tells the pictures in its files from others."
+    parts = [make_part(name, arguments, said, shape, root) for name, arguments, said in _file_terms(text)]
+    return digest(*(t for p in parts for t in p.pictures))[:16]
 
 
 def shorten(

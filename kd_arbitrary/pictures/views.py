@@ -42,7 +42,7 @@ def affine(
     images: Tensor,  # [n, C, H, W] float
     generator: torch.Generator,  # on the CPU
     degrees: float = 15.0,  # rotation limit, degrees either way
-    shift: float = 0.1,  # translation limit, as a share of the side
+    shift: float = 0.1,  # translation limit before it is turned and scaled, as a share of the side
     scale: float = 0.15,  # size changes by a factor in [1 - scale, 1 + scale]
     shear: float = 0.15,  # horizontal shear limit, tangent
 ) -> Tensor:  # [n, C, H, W]
@@ -86,7 +86,7 @@ def mixup(
     images: Tensor,  # [n, C, H, W] float
     generator: torch.Generator,  # on the CPU
 ) -> Tensor:  # [n, C, H, W]
-    "Each image blended with another of the batch, with a weight uniform in [0, 1]."
+    "Each image blended with one of the batch, rarely itself, with a weight uniform in [0, 1]."
     n = len(images)
     other = torch.randperm(n, generator=generator).to(images.device)
     weight = torch.rand(n, 1, 1, 1, generator=generator).to(images.device, images.dtype)
@@ -98,7 +98,7 @@ def cutmix(
     images: Tensor,  # [n, C, H, W] float
     generator: torch.Generator,  # on the CPU
 ) -> Tensor:  # [n, C, H, W]
-    "Each image with a rectangle of another pasted in; the rectangle's area is uniform in [0, 1] before clipping."
+    "Each image with a rectangle of one of the batch pasted in, its area uniform in [0, 1] before clipping."
     n, _, h, w = images.shape
     other = torch.randperm(n, generator=generator).to(images.device)
     area, cy, cx = torch.rand(3, n, 1, 1, 1, generator=generator)
@@ -118,7 +118,7 @@ def shrink(
     generator: torch.Generator,  # on the CPU
     sizes: tuple[float, ...] = SIZES,  # one of them is drawn for each image
     degrees: float = 90.0,  # rotation limit of every second image, degrees either way
-    shift: float = 0.2,  # translation limit of every second image, as a share of the side
+    shift: float = 0.2,  # translation limit of every second image before that, as a share of the side
 ) -> Tensor:  # [n, C, H, W]
     "Each image made smaller, turned and moved by its own random amounts, black around it."
     n = len(images)

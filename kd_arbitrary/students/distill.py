@@ -77,9 +77,10 @@ class Distilled:
 
     def _repr_html_(self):
         size = sum(p.numel() for p in self.student.parameters())
+        took = self.seconds + self.making.get("seconds", 0.0)
         facts = dict(student=f"{type(self.student).__name__}, {size:,} parameters",
                      lesson=f"{self.history[-1]['epoch']:,} epochs, {self.updates:,} steps",
-                     asked=f"{self.queries:,} questions", took=f"{self.seconds:,.1f} s")
+                     asked=f"{self.queries:,} questions", took=f"{took:,.1f} s")
         return html_facts(facts) + html_history(self.history)
 
 

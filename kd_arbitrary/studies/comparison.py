@@ -18,12 +18,13 @@ import torch
 # %% ../../nbs/studies/15_comparison.ipynb #comparison-imports-core
 from ..core import ALONE, Alone, pick
 from ..storage import write_atomic
-from ..pictures.sources import usual_source
+from ..pictures.sources import brings_files, pictures_of, usual_source
 from ..pictures.views import usual_views
-from .execution import execute, locked
+from .execution import ELSEWHERE, execute, locked
 from .own import usual_rate
 from .records import find_record, write_record
 from .report import kept_options, write_report
+from .facts import spent
 from .runs import GIVEN, SIZES, Run, looped, updates
 from ..teachers.networks import MODELS, make_model
 from ..teachers.recipes import RECIPES, rate_of_labels
@@ -110,6 +111,7 @@ def compare(
     "Do what is not done yet."
     records, page, kept = {}, out / "report.html", dict(said=kept_options(dict(root=root) | (said or {})))
     with locked(out, together):
+        _same_pictures(next(iter(runs.values())), out, root, together)
         for name, run in runs.items():
             run = run(records) if callable(run) else run
             if find_record(out / name, run) is None:
@@ -123,6 +125,21 @@ def compare(
         if together.first: _draw_summary(records, out)
         if together.first and not page.exists(): write_report(out)
     return records
+
+
+def _same_pictures(
+    run: Run,  # of those that are compared, which have one source
+    out: Path,  # folder of all
+    root: Path | None,  # data root
+    together: Alone,
+) -> None:
+    "Refuse to go on with other pictures of one's own than those that the folder was begun with."
+    if not (together.first and brings_files(run.source)): return
+    path, now = out / "pictures.txt", pictures_of(run.source, SIZES[run.target][1], root)
+    if path.exists() and path.read_text() != now:
+        raise ValueError(f"the pictures of {run.source} are others than those that {out} was begun with; {ELSEWHERE}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, now)
 
 
 def _draw_summary(
@@ -160,11 +177,10 @@ def table(
     lines = [("", "images", "accuracy", "agreement", "teacher queries", "seconds"),
              ("teacher", "", f"{first['teacher']['accuracy']:.2%}", "", "", f"{first['seconds']['teacher']:.1f}")]
     for name, r in records.items():
-        spent = r["seconds"]["transfer"] + r["seconds"]["distill"]
         lines.append((LABELS[name].format(**r["config"]), f"{r['config']['n']:,}" if r["config"]["n"] else "made",
                       f"{r['results']['accuracy']:.2%}",
                       f"{r['results']['agreement']:.2%}",
-                      f"{r['results']['queries']:,}", f"{spent:.1f}"))
+                      f"{r['results']['queries']:,}", f"{spent(r['seconds']):.1f}"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"{line[0]:<{widths[0]}}" + "".join(f"{text:>{w + 3}}" for text, w in zip(line[1:], widths[1:]))
                      for line in lines)

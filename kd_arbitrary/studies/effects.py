@@ -83,7 +83,7 @@ def widest(
     return {way: pairs for way, pairs in ways.items() if cells(pairs) == most}
 
 # %% ../../nbs/studies/11_effects.ipynb #effects-model
-SAMPLE = 3  # targets, or sources: fewer say nothing of another
+SAMPLE = 3  # targets; fewer say nothing of another
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def over_teachers(
     variance = ((n - 1) * of_target.var()).sum() / freedom  # within targets, the same in all
     half = float(t.ppf(0.975, freedom) * (variance * (1 / n).sum()) ** 0.5 / len(n))
     mean = float(of_target.mean().mean())
-    return Effect(mean, mean - half, mean + half, len(pairs), pairs.role.nunique(), len(each), {})
+    return Effect(mean, mean - half, mean + half, len(pairs), pairs.role.nunique(), len(each), {}, len(n))
 
 
 def lead_over(

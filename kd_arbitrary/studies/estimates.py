@@ -76,7 +76,8 @@ def estimate(
     "Predicted seconds, from like runs that are recorded on such a device or from a probe, where that is cheap."
     pace, probed = {}, {}
     for r in records:
-        if r["status"] == "done" and r.get("machine", {}).get("device", "cpu") == torch.device(device).type:
+        if r["status"] != "done": continue
+        if torch.device(r.get("machine", {}).get("device", "cpu")).type == torch.device(device).type:
             spent = sum(v for stage, v in r["seconds"].items() if stage != "teacher")
             pace.setdefault(_like(r["config"]), []).append(spent / r["results"]["updates"])
     for run in runs:

@@ -30,7 +30,7 @@ from ..students.methods import split_source
 from ..students.adversarial import adversarial
 from ..students.generators import imagine
 from ..students.distill import distill
-from ..students.evaluate import Clock, evaluate, machine, peak_memory_mb, versions
+from ..students.evaluate import Clock, evaluate, forget_peak, machine, peak_memory_mb, versions
 from .facts import Record
 from .runs import VERSION, Run, looped, passes, updates, without_neutral
 from ..teachers.black_box import labels_only
@@ -307,6 +307,7 @@ def execute(
 ) -> Record:
     "Do a run, or finish it; with a folder, everything it makes is kept there."
     clock, out = Clock(), Path(out) if out else None
+    forget_peak()
     if out and ranks.first: claim(out, asdict(run))
     with clock("teacher"):
         target = load_target(run.target, root)
@@ -335,7 +336,7 @@ def _record(
                fingerprint=teacher.fingerprint,
                origin="published" if teacher.card["published"] else "own",
                frozen=run.bfloat16 and run.teacher_bn == "running" and freezable(teacher))
-    where = machine() | dict(device=device, bfloat16=run.bfloat16 and has_bfloat16(device))
+    where = machine(device) | dict(device=device, bfloat16=run.bfloat16 and has_bfloat16(device))
     return Record(key=run.key, version=VERSION, status="done", finished=now(), config=asdict(run), data=taught["data"],
                   teacher=who, results=results, report=taught["report"], seconds=seconds, cpu=taught["cpu"],
                   peak_memory_mb=peak_memory_mb(), versions=versions(), code=code_version(),

@@ -93,6 +93,7 @@ def _pictures(
     low, high = x.min().item(), x.max().item()
     if low < 0 or high > 1:
         x, note = (x - low) / max(high - low, 1e-9), f"{low:.1f} to {high:.1f} shown as black to white"
+    x = x[:, : 3 if x.shape[1] >= 3 else 1]                                   # of other channels, what can be seen
     return x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy(), note
 
 

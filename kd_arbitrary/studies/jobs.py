@@ -22,7 +22,7 @@ from ..storage import write_atomic
 from ..pictures.files import SUFFIXES, items, places, read_pictures
 from ..pictures.sources import Source, make_source, source_from, usual_source
 from ..students.distill import Distilled, distill
-from ..students.evaluate import agreement, evaluate, machine, peak_memory_mb, versions
+from ..students.evaluate import agreement, evaluate, forget_peak, machine, peak_memory_mb, versions
 from ..students.export import TAKES, export_student, load_student, make_student, save_student, whole_spec
 from .own import IMAGES, Job, check_priced, job_teacher, readable, settle, usual_rate
 from .report import kept_options, write_report
@@ -59,6 +59,7 @@ def execute_job(
     if export is not None: pick(dict.fromkeys(EXPORTS), export, "kind of export")
     if export == "onnx": need("onnx", "onnx"), need("onnxruntime", "onnx")   # before anything is paid for
     out, start = Path(out), time.perf_counter()
+    forget_peak()
     job, code = _with_whole_spec(job, out)
     teacher = _asked(job, ledger, out, device, ranks)
     tested = read_labelled(test, teacher, root, strict) if test else None  # before anything is paid for
@@ -71,7 +72,8 @@ def execute_job(
     record, student = _finished(out, job, teacher) or (None, student)
     if record is None:
         taught = _taught(job, teacher, student, ts, out, device, show, ranks)
-        record, student = _told(job, teacher, source, ts, taught, time.perf_counter() - start), taught.student.cpu()
+        record = _told(job, teacher, source, ts, taught, time.perf_counter() - start, device)
+        student = taught.student.cpu()
         said = dict(ledger=ledger, root=root, strict=strict, n=wanted if wanted != job.n else None) | (said or {})
         record |= _before(out, record) | dict(said=kept_options(said))
         if ranks.first: _keep(out, record, student, code)
@@ -174,8 +176,9 @@ def _set(
                   pictures=source.contents) | how
     if path.exists():
         ts = read_made(path)
-        unsaid = dict(pictures=wanted["pictures"], ahead=Job.ahead)  # by older files
-        same_run(path, unsaid | ts.info.get("job", {}), wanted, ELSEWHERE)
+        said = {k: v for k, v in ts.info.get("job", {}).items() if k != "pictures" or v}
+        older = dict(pictures=wanted["pictures"], ahead=Job.ahead)            # which do not say that
+        same_run(path, older | said, wanted, ELSEWHERE)
         return ts
     return balance(source, teacher, job.n, job.balance, **how, show=show, path=path, note=dict(job=wanted),
                    ranks=ranks)[0]
@@ -217,6 +220,7 @@ def _told(
     ts: TransferSet,
     taught: Distilled,
     seconds: float,  # in all
+    device: str,  # where the student learned
 ) -> Record:
     "What there is to know of a finished job."
     stages = dict(transfer=ts.info["report"]["seconds"], distill=taught.seconds)
@@ -232,7 +236,8 @@ def _told(
                   paid=_paid(teacher),
                   set=diagnose(ts), report=report, updates=taught.updates, seconds=round(seconds, 2),
                   stages=stages, peak_memory_mb=peak_memory_mb(),
-                  history=thinned(taught.history), versions=versions(), code=code_version(), machine=machine(),
+                  history=thinned(taught.history), versions=versions(), code=code_version(),
+                  machine=machine(device),
                   **lacking)
 
 

@@ -28,7 +28,7 @@ from ..students.distill import held_out, html_history
 from ..students.export import load_student
 from .own import Job
 from .records import RecordError, load_record
-from .facts import Record, came_out, it_cost, made_with, went_in
+from .facts import Record, came_out, it_cost, made_with, spent, went_in
 from .runs import Run
 from ..teachers.training import predict
 from ..transfer.quotas import FillReport, html_fates
@@ -294,7 +294,7 @@ def _summary(
         r = run["record"]
         took = r.get("stages") or r["seconds"]
         told = r.get("results") or dict(r, accuracy=(r.get("test") or {}).get("accuracy"))
-        seconds = sum(took[stage] for stage in ("transfer", "distill"))
+        seconds = spent(took)
         rows.append([NAMES.get(name, "Student"), percent(told["accuracy"]), percent(told["agreement"]),
                      f"{told['queries']:,}", f"{seconds:,.1f}"])
     return rows
@@ -372,12 +372,15 @@ def render(
     "The report as one HTML page that needs nothing else."
     runs = find_runs(path)
     data = _data(Path(path).expanduser(), runs)
-    first = next(told for name, told in runs.items() if not name.startswith("few-"))
+    whole = [told for name, told in runs.items() if not name.startswith("few-")]
+    first = (whole or list(runs.values()))[0]                                 # of a comparison that has only begun
     made, one = went_in(first.record), len(runs) == 1
     page = Environment(autoescape=True).from_string(PAGE)
     parts = [("" if one else NAMES.get(name, name), [(heading, Markup(html), heading in WIDE) for heading, html in
              _parts(told, data["runs"][name or "run"]["heldout"])]) for name, told in runs.items()]
-    title = f"{first.settings['student']}, taught by {made['teacher'].split(', ')[0]}"
+    s = first.settings
+    by = f"with the labels of {s['target']}" if s["source"] == "labels" else f"by {made['teacher'].split(', ')[0]}"
+    title = f"{s['student']}, taught {by}"
     return page.render(title=title, sentence=_sentence(first.record, one), summary=_summary(data["runs"]),
                        command=data["command"], runs=parts)
 

@@ -64,7 +64,8 @@ def read_survey(
     note = np.where(f.teacher_bn == "batch", ", batch statistics", "")
     note = note + np.where(asked & ~given & (~asked & ~given).any(), ", every view asked about", "")
     views = f.reindex(columns=["cpu_views"]).cpu_views.astype(float).fillna(0.0)
-    minutes = (f.cpu.astype(float) - views).fillna(f.seconds) / 60
+    clock = f.seconds - f.reindex(columns=["seconds_views"]).seconds_views.astype(float).fillna(0.0)
+    minutes = (f.cpu.astype(float) - views).fillna(clock) / 60
     on_card = f.reindex(columns=["machine_accelerator"]).machine_accelerator.notna()
     f = f.assign(given=given, kind=f.kind.where(~given, "reference"), text=f.source,
                  source=f.source.map(named) + note, minutes=minutes.mask(on_card),
