@@ -53,11 +53,7 @@ def execute_job(
     ranks: Alone = ALONE,  # the processes that do it together
 ) -> Record:  # what came out: also in `job.json` of the folder
     "Do a job, or finish it; of one that is finished, do what was not asked for before."
-    if job.source and looped(job.source):
-        raise ValueError(f"{job.source!r} makes images and student together; with a teacher of your own call "
-                         "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
-    if export is not None: pick(dict.fromkeys(EXPORTS), export, "kind of export")
-    if export == "onnx": need("onnx", "onnx"), need("onnxruntime", "onnx")   # before anything is paid for
+    _check_first(job, export)
     out, start = Path(out), time.perf_counter()
     forget_peak()
     job, code = _with_whole_spec(job, out)
@@ -83,6 +79,18 @@ def execute_job(
 
 
 EXPORTS = dict(onnx="pt2", pt2="onnx")  # kind of export -> the other one
+
+
+def _check_first(
+    job: Job,  # as the user wrote it
+    export: str | None,  # kind of export
+) -> None:
+    "Refuse what cannot be done, before anything is paid for."
+    if job.source and looped(job.source):
+        raise ValueError(f"{job.source!r} makes images and student together; with a teacher of your own call "
+                         "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
+    if export is not None: pick(dict.fromkeys(EXPORTS), export, "kind of export")
+    if export == "onnx": need("onnx", "onnx"), need("onnxruntime", "onnx")
 
 
 def _read(
