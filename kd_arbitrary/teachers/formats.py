@@ -399,7 +399,7 @@ class Neighbours:
             self.modules = {k: m for k, m in self._there(own=True).items() if k not in shared}
             for k in self.modules: del sys.modules[k]
             sys.modules.update(others)
-            self.brought |= {k for k in self.modules if sys.modules.setdefault(k, self.modules[k]) is self.modules[k]}
+            self.brought.update(k for k, m in self.modules.items() if sys.modules.setdefault(k, m) is m)
 
 
 def _place(
