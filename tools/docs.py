@@ -112,21 +112,24 @@ def fetch_mathjax(static: Path, cache: Path) -> None:
         print("npm could not fetch mathjax@3.2.2: the site is built without it and shows formulas as TeX")
 
 
+OURS = ".kd_arbitrary-site"  # a file in a folder that may be emptied
+
+
 def refuse_foreign(out: Path) -> None:
-    "Stop before a folder is emptied that no site was built in; its working files lie beside it, and are emptied, too."
+    "Stop before a folder is emptied that no site was built in."
     if ROOT.is_relative_to(out.resolve()): raise SystemExit(f"{out} holds this project; name a folder for the site alone")
-    ours = (out / ".buildinfo").exists() or not out.exists() or not any(out.iterdir())
-    strange = [] if ours else [out]
-    if not (out / ".buildinfo").exists(): strange += [p for p in (out.parent / "source", out.parent / "jupyter_execute") if p.exists()]
-    if strange: raise SystemExit(f"{', '.join(map(str, strange))} would be emptied, and no site was built there; name another --out")
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in (OURS, ".buildinfo")):
+        raise SystemExit(f"{out} would be emptied, and no site was built there; name another --out")
 
 
 def build(out: Path) -> int:
     "Write the pages and run Sphinx over them; 1 if there was any warning."
-    config, modules, source, symbols = get_config(path=ROOT), notebooks(), out.parent / "source", {}
+    config, modules, source, symbols = get_config(path=ROOT), notebooks(), out.parent / f"{out.name}-source", {}
     table = sections(set(modules))
     refuse_foreign(out)
     for folder in (source, out, out.parent / "jupyter_execute"): shutil.rmtree(folder, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / OURS).touch()
     for module in filter(None, modules.values()): symbols = names(module, ROOT) | symbols
     fetch_mathjax(source / "_static", out.parent / "cache")
     shutil.copy(NBS / "styles.css", source / "_static")
