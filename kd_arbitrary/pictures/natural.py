@@ -72,7 +72,7 @@ def _omniglot(
     there = lambda: sorted(folder.rglob("*.png"))
     zipped = folder.with_suffix(".zip")
     if download and zipfile.is_zipfile(zipped) and len(there()) < OMNIGLOT: extract_archive(zipped, zipped.parent)
-    folder.mkdir(parents=True, exist_ok=True)                                 # which torchvision lists
+    if zipped.is_file(): folder.mkdir(exist_ok=True)                          # which torchvision lists
     _sets().Omniglot(root, download=download)                                 # looks at the archive, or fetches it
     if len(files := there()) < OMNIGLOT: raise RuntimeError(f"{len(files):,} of {OMNIGLOT:,} pictures are unpacked")
     return files
