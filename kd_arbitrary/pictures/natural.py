@@ -370,7 +370,8 @@ for name, load in {
     "svhn": _published("svhn", lambda s: nchw(s.data, first=True)),
     "kmnist": _published("kmnist", lambda s: nchw(s.data)),
     "emnist": _published("emnist", lambda s: nchw(s.data.mT)),
-    "omniglot": _published("omniglot", lambda files: torch.stack([_cut(_upright(p), 105) for p in files])),
+    "omniglot": _published("omniglot", lambda files: torch.stack(
+        [_cut(_upright(p), 105) for p in progress(files, desc="omniglot")])),
     "mnist": _training("mnist"),
     "fmnist": _training("fmnist"),
     "cifar10": _training("cifar10"),

@@ -426,18 +426,17 @@ def _run(
 
 def of_file(
     spec: str,  # FILE.py:NAME; the file is run
-    beside: Neighbours | None = None,  # its folder, for who runs what is in it later
-) -> tuple[Callable, dict]:  # what has that name, and all names of the file
+) -> tuple[Callable, dict, Neighbours]:  # what has that name, all names of the file, and what lies beside it
     "Something callable of a Python file."
     path, _, name = str(spec).rpartition(":")
     if not path or not Path(path).is_file():
         if Path(spec).is_file(): raise ValueError(f"{spec} is a file, and nothing in it is named; expected {spec}:NAME")
         raise FileNotFoundError(f"there is no Python file for {str(spec)!r}; expected FILE.py:NAME")
-    module = _run(Path(path), beside or Neighbours(Path(path).resolve().parent))
+    module = _run(Path(path), beside := Neighbours(Path(path).resolve().parent))
     if not callable(getattr(module, name, None)):
         there = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise ValueError(f"{path} has no function or network {name!r}; it has {', '.join(there) or 'none'}")
-    return getattr(module, name), vars(module)
+    return getattr(module, name), vars(module), beside
 
 # %% ../../nbs/teachers/08_formats.ipynb #formats-python
 @ADAPTERS.add(ends=(".py",))
@@ -450,9 +449,7 @@ def python(
     Both are known by their name, their file, and the files named in `FILES`, a network by its weights, too; what else
     they read is not noticed.
     """
-    path, _, name = str(spec).rpartition(":")
-    beside = Neighbours(Path(path).resolve().parent) if path else None
-    thing, said = of_file(spec, beside)
+    (thing, said, beside), (path, _, name) = of_file(spec), str(spec).rpartition(":")
     classes, shape = (options.get(k) or said.get(TOLD[k]) for k in ("classes", "input_shape"))
     thing = _made(thing, f"{name} of {path}", dict(num_classes=how_many(classes), shape=shape))
     if not callable(thing): raise ValueError(f"{name} of {path} makes a {type(thing).__name__}; expected a network")
