@@ -164,8 +164,8 @@ def load_teacher(
     shape = _shape(found, input_shape)
     prepare = _prepared(found, shape, mean, std, input_range)
     ask, given = _chain(found, prepare, None), found.classes if classes is None else classes
-    if isinstance(ask, nn.Module):
-        ask = (_still(ask) if isinstance(spec, nn.Module) else ask.eval()).to(device)  # one's own stays as it is
+    # one's own network stays as it is
+    if isinstance(ask, nn.Module): ask = (_still(ask) if isinstance(spec, nn.Module) else ask.eval()).to(device)
     else: device = "cpu"  # a function may know no other place
     front = _front(ask, found.model, wall)
     if front is not ask: front.accept = lambda answer: _understood(found, answer, gives, given, multi_label)
