@@ -55,14 +55,16 @@ def test_other_errors_are_failures_of_the_run(tmp_path, monkeypatch):
 def test_bfloat16_where_there_is_none(monkeypatch):
     torch.manual_seed(0)
     teacher, source = Teacher(make_model("alexnet_half", SHAPE), 10, SHAPE), make_source("pyramid", SHAPE)
-    learn = lambda bfloat16: distill(teacher, make_model("alexnet_half", SHAPE, seed=1), made(bfloat16), epochs=1, batch_size=16, views="flip", bfloat16=bfloat16, show=False).student
+    pupil = lambda layout: make_model("alexnet_half", SHAPE, seed=1).to(memory_format=layout)
+    learn = lambda bfloat16, layout=torch.contiguous_format: distill(teacher, pupil(layout), made(bfloat16), epochs=1, batch_size=16, views="flip", bfloat16=bfloat16, show=False).student
     made = lambda bfloat16: balance(source, teacher, 40, "none", bfloat16=bfloat16, show=False)[0]
     monkeypatch.setattr(core, "has_bfloat16", lambda device="cpu": False)
-    monkeypatch.setattr("kd_arbitrary.teachers.frozen.has_bfloat16", lambda device="cpu": False)
+    for part in ("teachers.frozen", "students.distill"): monkeypatch.setattr(f"kd_arbitrary.{part}.has_bfloat16", lambda device="cpu": False)
     with pytest.warns(UserWarning, match="no units for bfloat16; going on in float32"): fallen = learn(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plain = learn(False)
+        plain = learn(False, torch.channels_last)                   # float32 to the bit, in the layout that is faster for wide networks
+    assert not next(p for p in fallen.parameters() if p.ndim == 4).is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(fallen.state_dict().values(), plain.state_dict().values()))
 
 

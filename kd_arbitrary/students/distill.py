@@ -279,13 +279,15 @@ def check_student(
     check_taught(student, to_float(images[[0, -1]].to(device)), outputs)
 
 
-def _check_layout(
-    student: nn.Module,  # on the device, where it will compute in bfloat16
+def _lay_out(
+    student: nn.Module,  # on the device; wide, as bfloat16 is asked for
     images: Tensor,  # of the set
     device: str,
+    narrow: bool,  # it will compute in bfloat16
 ) -> None:
-    "Refuse a student that cannot have the layout with which bfloat16 is fast."
-    if not channels_last(student, images, device):
+    "Channels last, the faster layout of wide networks on a processor in float32, too; bfloat16 cannot do without."
+    if not (narrow or torch.device(device).type == "cpu"): return
+    if not channels_last(student, images, device) and narrow:
         raise ValueError("the student fails with channels-last weights, which bfloat16 needs here: in its forward, "
                          "flatten by x.flatten(1) in place of x.view(len(x), -1), or leave out bfloat16 (--bfloat16)")
 
@@ -308,7 +310,7 @@ def distill(
     relabel = viewed and teacher.whitebox if settings.relabel is None else settings.relabel
     narrow = settings.bfloat16 and has_bfloat16(device)
     check_student(student.to(device), teacher, transfer.images, device)
-    if narrow: _check_layout(student, transfer.images, device)
+    if settings.bfloat16: _lay_out(student, transfer.images, device, narrow)
     _room_enough(teacher, student, transfer, settings, settings.cached_views if viewed and not relabel else 0)
     with quick(teacher, settings.bfloat16 and (relabel or viewed)) as asked:
         folder = blocks_of(checkpoint) if checkpoint and teacher.module is not None else None
