@@ -27,7 +27,7 @@ from kd_arbitrary.students.methods import (
 )
 from ..teachers.frozen import freezable
 from ..teachers.teacher import Teacher
-from ..teachers.training import SAVE_EVERY, footprint, one_cycle, same_run
+from ..teachers.training import SAVE_EVERY, flat_state, footprint, one_cycle, put_state, same_run
 from ..transfer.sets import TransferSet
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-learn
@@ -127,12 +127,8 @@ def _flattened(
     duel: Duel,  # as it stands
 ) -> dict[str, Tensor]:
     "All tensors of a duel under one flat naming."
-    out = {f"student.{k}": v for k, v in duel.student.state_dict().items()} | {f"maker.{k}": v for k,
-            v in duel.maker.state_dict().items()}
-    for name, adam in (("learn", duel.learn), ("improve", duel.improve)):
-        out |= {f"{name}.{i}.{k}": v for i, state in adam.state_dict()["state"].items() for k, v in state.items()}
-    if duel.bank: out |= dict(bank=torch.cat(duel.bank), answers=torch.cat(duel.answers))
-    return {k: v.detach().cpu().clone().contiguous() for k, v in out.items()}
+    bank = dict(bank=torch.cat(duel.bank), answers=torch.cat(duel.answers).cpu()) if duel.bank else {}
+    return flat_state(duel.players) | bank
 
 
 def _put_back(
@@ -140,15 +136,7 @@ def _put_back(
     tensors: dict[str, Tensor],  # of `_flattened`
 ) -> None:
     "The way back."
-    part = lambda name: {k[len(name) + 1:]: v.clone() for k, v in tensors.items() if k.startswith(name + ".")}
-    duel.student.load_state_dict(part("student"))
-    duel.maker.load_state_dict(part("maker"))
-    for name, adam in (("learn", duel.learn), ("improve", duel.improve)):
-        state = {}
-        for k, v in part(name).items():
-            i, _, key = k.partition(".")
-            state.setdefault(int(i), {})[key] = v
-        adam.load_state_dict(adam.state_dict() | dict(state=state))
+    put_state(duel.players, tensors)
     if "bank" in tensors: duel.bank[:], duel.answers[:] = [tensors["bank"].clone()], [tensors["answers"].clone()]
 
 

@@ -23,7 +23,7 @@ from ..pictures.files import SUFFIXES, items, places, read_pictures
 from ..pictures.sources import Source, make_source, source_from, usual_source
 from ..students.distill import Distilled, distill
 from ..students.evaluate import agreement, evaluate, forget_peak, machine, peak_memory_mb, versions
-from ..students.export import TAKES, export_student, load_student, make_student, save_student, whole_spec
+from ..students.export import TAKES, check_export, export_student, load_student, make_student, save_student, whole_spec
 from .own import IMAGES, Job, check_priced, job_teacher, readable, settle, usual_rate
 from .report import kept_options, write_report
 from .facts import Record
@@ -63,6 +63,7 @@ def execute_job(
     job = settle(replace(job, source=source.text), teacher, source.size)
     student = make_student(job.student, teacher.input_shape, len(teacher.classes), job.seed)
     job = replace(job, lr=job.lr or usual_rate(student))
+    if export and not (out / "student.safetensors").exists(): _check_export(student, export, teacher)
     ts = _set(job, source, teacher, out, show, ranks)  # refused or stopped before there is one, nothing is settled yet
     if ranks.first: _claim(out, job, code)
     record, student = _finished(out, job, teacher) or (None, student)
@@ -91,6 +92,18 @@ def _check_first(
                          "adversarial(teacher, student, method) in Python, or name a source that makes a set, as zskd")
     if export is not None: pick(dict.fromkeys(EXPORTS), export, "kind of export")
     if export == "onnx": need("onnx", "onnx"), need("onnxruntime", "onnx")
+
+
+def _check_export(
+    student: nn.Module,  # untaught
+    export: str,  # kind of export
+    teacher: Teacher,  # whose classes it will know
+) -> None:
+    "Refuse an export that nothing can write, before anything is paid for."
+    try: check_export(student, export, teacher.input_shape, teacher.classes)
+    except ValueError as e:
+        raise ValueError(f"{e}; leave out --export, name the other kind (--export {EXPORTS[export]}), or another "
+                         "student (--student)") from e
 
 
 def _read(

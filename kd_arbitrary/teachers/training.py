@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'SAVE_EVERY', 'WAYS', 'evaluating', 'check_taught', 'predict', 'channels_last', 'footprint', 'one_cycle',
-           'triangle', 'same_run', 'Fit', 'batches', 'fit']
+           'triangle', 'flat_state', 'put_state', 'same_run', 'Fit', 'batches', 'fit']
 
 # %% ../../nbs/teachers/03_training.ipynb #train-imports
 import contextlib
@@ -136,17 +136,53 @@ def triangle(
     return start + (1 - start) * t / warmup if t < warmup else 1 - (1 - end) * (t - warmup) / (1 - warmup)
 
 # %% ../../nbs/teachers/03_training.ipynb #train-state
+def flat_state(
+    parts: dict[str, nn.Module | torch.optim.Optimizer],  # what changes in a run, by name
+) -> dict[str, Tensor]:  # copies on the CPU, by part and name: "model.conv1.weight", "adam.0.exp_avg"
+    "Weights, buffers and the state of optimisers under one flat naming."
+    out = {}
+    for name, part in parts.items():
+        state = part.state_dict()
+        if isinstance(part, torch.optim.Optimizer):
+            state = {f"{i}.{k}": v for i, own in state["state"].items() for k, v in own.items()}
+        out |= {f"{name}.{k}": v.detach().cpu().clone() for k, v in state.items()}
+    return out
+
+
+def put_state(
+    parts: dict[str, nn.Module | torch.optim.Optimizer],  # receive it
+    tensors: dict[str, Tensor],  # of `flat_state`, and maybe others
+) -> None:
+    "The way back."
+    for name, part in parts.items():
+        mine = {k.removeprefix(f"{name}."): v.clone() for k, v in tensors.items() if k.startswith(f"{name}.")}
+        if isinstance(part, nn.Module): part.load_state_dict(mine)
+        else: _put_moments(part, mine)
+
+
+def _put_moments(
+    optimiser: torch.optim.Optimizer,  # receives them
+    moments: dict[str, Tensor],  # "0.exp_avg": of the first weight
+) -> None:
+    "Moments, laid out as their weights are: fused steps walk both as they lie in memory."
+    state = {}
+    for k, v in moments.items():
+        i, _, key = k.partition(".")
+        state.setdefault(int(i), {})[key] = v
+    optimiser.load_state_dict(optimiser.state_dict() | dict(state=state))
+    for p, own in optimiser.state.items():
+        for k, v in own.items():
+            if v.shape == p.shape: own[k] = torch.empty_like(p).copy_(v)
+
+
 def _flatten(
     model: nn.Module,  # its parameters and buffers
     optimiser: torch.optim.Optimizer,  # its per-parameter state
     best: dict | None,  # state dict of the best epoch
 ) -> dict[str, Tensor]:
     "All tensors of a run under one flat naming."
-    out = {f"model.{k}": v for k, v in model.state_dict().items()}
-    out |= {f"best.{k}": v for k, v in (best or {}).items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        out |= {f"adam.{i}.{k}": v for k, v in state.items()}
-    return {k: v.cpu().clone() for k, v in out.items()}
+    best = {f"best.{k}": v.cpu().clone() for k, v in (best or {}).items()}
+    return flat_state(dict(model=model, adam=optimiser)) | best
 
 
 def _restore(
@@ -155,18 +191,9 @@ def _restore(
     optimiser: torch.optim.Optimizer,  # receives the moments
 ) -> dict[str, Tensor] | None:  # the best state, where one was stored
     "Put a flat naming back where it came from."
-    part = lambda name: {k[len(name) + 1:]: v.clone() for k, v in tensors.items() if k.startswith(name + ".")}
     _fits(tensors, model, optimiser)
-    model.load_state_dict(part("model"))
-    state = {}
-    for k, v in part("adam").items():
-        i, _, key = k.partition(".")
-        state.setdefault(int(i), {})[key] = v
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
-    for p, moments in optimiser.state.items():  # fused steps walk weights and moments as they lie in memory
-        for k, v in moments.items():
-            if v.shape == p.shape: moments[k] = torch.empty_like(p).copy_(v)
-    return part("best") or None
+    put_state(dict(model=model, adam=optimiser), tensors)
+    return {k.removeprefix("best."): v.clone() for k, v in tensors.items() if k.startswith("best.")} or None
 
 
 def _fits(

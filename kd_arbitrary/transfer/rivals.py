@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Commission:
     n: int  # images wanted
     seed: int = 0  # of everything random
     start: Source | None = None  # what images begin as; None: as the method has it, noise
+    kept: dict[str, Tensor] = field(default_factory=dict, compare=False)  # what has been learned; saved with the images
 
     def starts(
         self,
@@ -79,7 +80,7 @@ RIVALS = Registry("rival")
 GENERATED = SOURCES.kind("generated")
 SIZE = 24_000  # images where nobody says how many: those of ZSKD for MNIST (Nayak et al., ICML 2019)
 EVERY = 10.0  # seconds between two savings of an unfinished set
-EDITION = 1  # of the methods; part of the name of a kept set
+EDITION = 1  # of a method that states no other; part of the name of a kept set
 
 # %% ../../nbs/transfer/07_rivals.ipynb #rivals-made
 class Made:
@@ -135,7 +136,7 @@ class Made:
             for b, make, *before in self.batches[done:]:
                 images[at : at + b] = self._paid(partial(make, *(images[rows] for rows in before)))
                 at, done = at + b, done + 1
-                bar.update(b)
+                bar.update(b), bar.set_postfix(dict(part=f"{done} of {len(self.batches)}"))
                 if time.perf_counter() - saved > EVERY: self._save(images, at, done); saved = time.perf_counter()
         finally:
             bar.close()
@@ -166,13 +167,15 @@ class Made:
             warnings.warn(f"{e}; they are made again", stacklevel=6)
             return nothing
         self._price = dict(cpu=0.0) | info["price"]
+        self.commission.kept.update({k.removeprefix("kept."): t for k, t in tensors.items() if k.startswith("kept.")})
         return tensors["images"], info["done"]
 
     def _save(self, images: Tensor, at: int, done: int):
         "Keep what there is; images that cannot be kept are still there."
         if self.path is None: return
+        kept = {f"kept.{k}": t for k, t in self.commission.kept.items()} if done < len(self.batches) else {}
         try:
-            save_tensors(self.path, dict(images=(images, torch.arange(at))),
+            save_tensors(self.path, dict(images=(images, torch.arange(at))) | kept,
                          dict(done=done, price=self._price, rival=self.name), "generated images")
         except OSError as e: warnings.warn(f"{e}; the images are used all the same", stacklevel=6)
 
@@ -272,7 +275,8 @@ def _key(
     "The name of a set: a hash of all its images depend on."
     files = [digest(t) for p in work.start.pieces for t in p.pictures] if work.start else []
     if said.get("student"): files.append(hashlib.sha256(Path(said["student"]).read_bytes()).hexdigest())
-    config = [EDITION, name, said, work.n, work.seed, work.teacher.fingerprint, list(work.teacher.input_shape), files]
+    edition = RIVALS.facts[name].get("edition", EDITION)
+    config = [edition, name, said, work.n, work.seed, work.teacher.fingerprint, list(work.teacher.input_shape), files]
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/transfer/07_rivals.ipynb #rivals-find
