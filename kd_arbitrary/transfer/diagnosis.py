@@ -325,7 +325,9 @@ def _advice(
     if size is not None and draws * n > size:
         return (f"There are {size:,} images, too few for even classes: balance='repeat' copies those of rare classes; "
                 "mixed with drawn images there is no end of them.")
-    if draws <= FEW: return "Every class is within reach by drawing on: take balance='repeat', which changes no image."
+    if draws <= FEW:
+        return ("Every class is within reach by drawing on: take balance='repeat', which changes no image, and compare "
+                "it with a set as drawn of as many images as it asks about.")
     if teacher.whitebox: return f"The rarest class would take {draws:,.0f} draws an image: take balance='fill'."
     return (f"The rarest class would take {draws:,.0f} draws an image: balance='repeat' will copy images of it; "
             "another source may do better.")
