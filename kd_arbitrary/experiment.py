@@ -8,6 +8,7 @@ __all__ = ['experiment_app', 'Name', 'Only', 'Results', 'RESULTS', 'workers', 'l
 
 # %% ../nbs/04_experiment.ipynb #experiment-imports
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,14 @@ from .studies.runs import GIVEN, Run, updates
 from .studies.tables import SETTING, grid_frame, results_table
 
 # %% ../nbs/04_experiment.ipynb #cli-grid
+def _begin(
+    plugins: list[Path] | None,  # files that every worker loads first
+) -> None:
+    "A worker at its beginning: Ctrl-C ends it at once, in place of the next run being begun."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _load_plugins(plugins)
+
+
 @contextmanager
 def workers(
     executor: str,  # "none", "processes" or "dask"
@@ -41,7 +50,7 @@ def workers(
     if executor == "none": yield None
     elif executor == "processes":
         with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"),
-                                 initializer=_load_plugins, initargs=(plugins,)) as pool: yield pool
+                                 initializer=_begin, initargs=(plugins,)) as pool: yield pool
     else:
         try: from distributed import Client
         except ImportError:

@@ -2,6 +2,7 @@
 import json, os, re, signal, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -141,6 +142,31 @@ def test_a_small_set_beside_the_large_one(root, tmp_path, monkeypatch):
         "student, unbalanced", "student, balanced (fill)", "student, unbalanced, as many queries"]
     page = (tmp_path / "report.html").read_text()
     assert "--few 40" in page and "taught with 300 of strokes" in page
+
+
+def test_what_changes_nothing_is_refused(tmp_path):
+    for said, told in (("--source labels --init teacher --loss mse --limit 100", "--limit 100, --loss mse, --init teacher: no effect with --source labels --balance none"),
+                       ("--source dafl --balance none --limit 100", "--limit 100: no effect with --source dafl"),
+                       ("--source dafl --no-relabel --views affine", "--no-relabel: no effect with --source dafl"), ("--cached-views 3", "--cached-views 3: no effect")):
+        refused = distill(*said.split(), "--out", tmp_path / "never")
+        assert refused.exit_code == 2 and told in refused.stderr and not (tmp_path / "never").exists(), refused.stderr
+    planned = {}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(cli, "compare", lambda runs, *_: planned.update(runs) or {})
+        m.setattr(cli, "_tell", lambda *_: None)
+        assert distill("--balance", "none", "--limit", 300, "--out", tmp_path / "a").exit_code == 0 and planned["unbalanced"].n == 300
+        assert distill("--source", "original", "--out", tmp_path / "b").exit_code == 0 and planned["original"].balance == "none"
+
+
+def test_no_more_images_than_there_are(root, tmp_path):
+    np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (150, 28, 28), np.uint8))
+    arguments = ["--source", f"array(path='{tmp_path / 'few.npz'}')", "--epochs", 1, "--batch-size", 64, "--root", root, "--out", tmp_path / "out"]
+    for option in ("--n", "--few"):
+        refused = distill(*arguments, option, 151)
+        assert refused.exit_code == 2 and f"{option} 151" in refused.stderr and "has 150 images" in refused.stderr
+    told = json.loads(distill(*arguments, "--empty", "keep", "--json").stdout)
+    told = {name: r for name, r in told.items() if name in comparison.LABELS}
+    assert {r["config"]["n"] for r in told.values()} == {150} and list(told) == ["unbalanced", "balanced", "original"]      # no small set beside so few
 
 
 def test_grid_commands(root, tmp_path, monkeypatch):

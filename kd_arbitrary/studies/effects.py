@@ -204,7 +204,6 @@ def mixed_slope(
     "How the gain goes with a property of the set, by the mixed model; at least three cells (target and source)."
     cells = _cell_means(pairs, on)
     counts = _counts(pairs)
-    counts = _counts(pairs)
     freedom = max(1, len(cells) - counts["sources"] - pairs.target.nunique())  # of a slope within sources and targets
     return _effect(_mixed(pairs.assign(x=pairs[on]), "gain ~ x"), "x", freedom, counts)
 
@@ -367,6 +366,7 @@ def gained(
     parts = [gains(frame)] if equal == "images" else [at_equal(frame, way).assign(balance=way) for way in ways]
     if not sum(map(len, parts)): return {}
     pairs = pd.concat(parts)
+    if equal == "questions": pairs = pairs[pairs.n == frame.n[frame.balance != "none"].max()]  # tiny sets lose more
     alike = pairs[(pairs.control_entropy - entropy).abs() <= nearby]
     return {way: dict(pairs=len(g), targets=int(g.target.nunique()), **typical(g.gain))
             for way, g in alike.groupby("balance")}
