@@ -211,13 +211,14 @@ def _from_labels(
     fields = ("seed", "batch_size", "lr", "views", "bfloat16")
     taught = train_teacher(target, run.student, root=root, device=device, show=show, epochs=passes(run, run.n),
                            **{f: getattr(run, f) for f in fields})
+    took = taught.card.get("took") or dict(seconds=time.perf_counter() - start, cpu=time.process_time() - spent)
     scores = F.one_hot(target.train_labels, len(target.classes)).float()
     ts = TransferSet(target.train_images, scores, torch.zeros(len(scores), dtype=torch.uint8), dict(gives="labels"))
     return dict(student=taught.module, best=None, data=dict(kind="original", parts=dict(labels="natural")), report=None,
                 history=[],
                 results=diagnose(ts) | dict(updates=updates(run), queries=0, gradients=0, drawn=0),
-                seconds=dict(transfer=0.0, distill=time.perf_counter() - start),
-                cpu=dict(transfer=0.0, distill=time.process_time() - spent))
+                seconds=dict(transfer=0.0, distill=took["seconds"]),
+                cpu=dict(transfer=0.0, distill=took["cpu"]))
 
 # %% ../../nbs/studies/03_execution.ipynb #experiment-duel
 # images of the final generator that are diagnosed; these questions are not counted, nobody learns from them

@@ -202,11 +202,12 @@ def _train(
     x, y = target.train_images.to(device), target.train_labels.to(device)
     lesson = _Labels(x, y, make_views(recipe["views"]), seed=recipe["seed"], **ours)
     options = {k: v for k, v in recipe.items() if k not in (*_OWN, "arch", "views")}
-    fit(model, lesson.loss_of, len(x), checkpoint=path.with_suffix(".partial"), device=device,
-        config=dict(target=target.name, arch=arch, learned=(learned := _lesson_of(target))) | ours,
-        desc=f"teacher {target.name} {arch}", show=show, starting=lesson.starting, **options)
+    done = fit(model, lesson.loss_of, len(x), checkpoint=path.with_suffix(".partial"), device=device,
+               config=dict(target=target.name, arch=arch, learned=(learned := _lesson_of(target))) | ours,
+               desc=f"teacher {target.name} {arch}", show=show, starting=lesson.starting, **options)
+    took = {k: sum(entry.get(k, 0.0) for entry in done.history) for k in ("seconds", "cpu")}  # of all starts
     correct = predict(model, target.test_images, device=device).argmax(1) == target.test_labels
     save_model(path, model,
                dict(target=target.name, arch=arch, shape=list(target.shape), classes=list(target.classes),
-                    recipe=recipe, train_images=len(x), learned=learned,
+                    recipe=recipe, train_images=len(x), learned=learned, took=took,
                     test_accuracy=correct.float().mean().item(), torch=torch.__version__))
