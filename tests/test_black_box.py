@@ -9,7 +9,8 @@ import torch
 
 from kd_arbitrary.pictures.sources import make_source
 from kd_arbitrary.teachers.adapters import load_teacher
-from kd_arbitrary.teachers.black_box import BudgetError, walled
+from kd_arbitrary.teachers.black_box import BudgetError, behind_ledger, labels_only, walled
+from kd_arbitrary.teachers.teacher import Teacher
 from kd_arbitrary.transfer.active import active  # noqa: F401, it enters the strategies
 from kd_arbitrary.transfer.balance import balance
 from processes import Job, command, kd_distill
@@ -165,6 +166,14 @@ def test_a_set_is_made_of_what_a_budget_allows(tmp_path):
         again, _ = balance(make_source("uniform", SHAPE), load(url, tmp_path, budget=300), 298, "active", empty="keep", show=False)
         assert torch.equal(again.images, ts.images) and seen["images"] <= 300          # from the ledger
         with pytest.raises(BudgetError, match="300 were asked"): teacher(IMAGES)
+
+
+def test_labels_alone_of_a_teacher_with_a_budget_are_kept_to_it(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, CLASSES))
+    shy = labels_only(behind_ledger(Teacher(net, CLASSES, SHAPE), tmp_path / "shy.sqlite", budget=30))
+    with pytest.warns(UserWarning, match="the set is made of the answers there are"):
+        assert len(balance(make_source("uniform", SHAPE), shy, 100, "none", show=False)[0]) == 30
+    assert shy.box.ledger.paid == 30
 
 
 def test_nothing_is_asked_once_the_budget_is_spent(tmp_path):

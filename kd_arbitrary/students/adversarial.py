@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core import bfloat16_where, generator, keep_freed, need_memory, progress, takes, to_float
 from ..storage import load_tensors, save_tensors
 from ..pictures.views import make_views
-from .distill import Distilled, check_student, fingerprint
+from .distill import Distilled, check_set, check_student, fingerprint
 from .generators import attention_loss, shared_maps, watching
 from .losses import LOSSES
 from kd_arbitrary.students.methods import (
@@ -27,7 +27,9 @@ from kd_arbitrary.students.methods import (
 )
 from ..teachers.frozen import freezable
 from ..teachers.teacher import Teacher
-from ..teachers.training import SAVE_EVERY, flat_state, footprint, one_cycle, put_state, same_run
+from kd_arbitrary.teachers.training import (
+    SAVE_EVERY, _layout, flat_state, footprint, one_cycle, put_state, same_run,
+)
 from ..transfer.sets import TransferSet
 
 # %% ../../nbs/students/07_adversarial.ipynb #adv-learn
@@ -148,7 +150,7 @@ def _go_on(
     "Where the last process stopped; a `ValueError` for the file of another run, or a damaged one."
     tensors, meta = load_tensors(path, "checkpoint")
     try:
-        same_run(path, meta["config"], config)
+        same_run(path, dict(layout=config["layout"]) | meta["config"], config)  # older files do not say
         _put_back(duel, tensors)
         duel.round, duel.updates = int(meta["round"]), int(meta["updates"])
         return list(meta["history"])
@@ -206,6 +208,7 @@ def adversarial(
 ) -> Distilled:  # `generator` is the generator as it ended
     "Train a generator and a student against each other, or for each other, in front of a teacher."
     _refuse(teacher, method, settings, beside)
+    if beside is not None: check_set(teacher, beside, "the student learns its answers, too")
     name, making = read_method(method)
     check_student(student.to(device), teacher, torch.zeros(1, *teacher.input_shape), device)
     duel = _begin(teacher, student, name, making, settings, beside, device)
@@ -225,7 +228,7 @@ def _config(
 ) -> dict:
     "What a checkpoint must agree in."
     beside = None if duel.beside is None else fingerprint(duel.beside)
-    who = dict(method=duel.method, teacher=duel.teacher.fingerprint, beside=beside)
+    who = dict(method=duel.method, teacher=duel.teacher.fingerprint, beside=beside, layout=_layout(duel.student))
     return json.loads(json.dumps(who | asdict(duel.making) | asdict(duel.contest)))
 
 

@@ -23,7 +23,7 @@ from ..pictures.sources import parse_source
 from ..pictures.views import make_views
 from kd_arbitrary.students.generators import (
     activation_loss, as_logits, boundary_loss, divergence, ending_layers, entropy_loss, first_linear,
-    imagine, make_generator, one_hot_loss, watching,
+    imagine, linear_layers, make_generator, one_hot_loss, watching,
 )
 from ..teachers.teacher import Teacher
 from ..teachers.training import evaluating, flat_state, put_state
@@ -211,12 +211,11 @@ def dafl(
     g: torch.Generator,  # of this round
 ) -> Taught:
     "Images of which the teacher is sure, spread evenly over its classes (Chen et al., ICCV 2019, Algorithm 1)."
-    how, layer = duel.making, first_linear(duel.teacher.module)
-    x = duel.draw(duel.noise(g))
-    with watching(duel.teacher.module, [layer] if layer else []) as seen: scores = duel.through(duel.teacher.forward, x)
+    how, network, x = duel.making, duel.teacher.module, duel.draw(duel.noise(g))
+    with watching(network, linear_layers(network)) as seen: scores = duel.through(duel.teacher.forward, x)
     logits = as_logits(scores, duel.teacher.gives)
     loss = how.sure * one_hot_loss(logits) + how.even * entropy_loss(logits)
-    if layer: loss = loss + how.active * activation_loss(seen[layer][0])
+    if layer := first_linear(network, seen): loss = loss + how.active * activation_loss(seen[layer][0])
     duel.step(loss)
     return x.detach(), scores.detach(), []
 

@@ -8,6 +8,7 @@ __all__ = ['QUESTION', 'ANSWERS', 'Prepare', 'from_top', 'Shares', 'what_it_give
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-imports
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn.functional import logsigmoid
 from ..core import generator
 from .formats import ADAPTERS  # noqa: F401, the last page of kinds: all have entered it
 from .specs import Found, find, how_many, in_short
-from .teacher import GIVES, Teacher, _still, check_answer, name_of, off_one, rounded, tensor_of
+from kd_arbitrary.teachers.teacher import (
+    GIVES, Teacher, _bytes, _still, check_answer, name_of, off_one, rounded, tensor_of,
+)
 
 # %% ../../nbs/teachers/09_adapters.ipynb #adapters-prepare
 class Prepare(nn.Module):
@@ -101,7 +104,7 @@ ANSWERS = (*GIVES, "top")  # what a teacher may be said to give; "top": ordered 
 
 
 class _To(nn.Module):
-    "Numbers of another format."
+    "Numbers of another format; labels stay integers."
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class _To(nn.Module):
         super().__init__()
         self.format = format
 
-    def forward(self, x: Tensor) -> Tensor: return x.to(self.format)
+    def forward(self, x: Tensor) -> Tensor: return x.to(self.format) if x.is_floating_point() else x
 
 
 def _in_its_format(
@@ -191,7 +194,8 @@ def _pixels(
     prepare: Prepare,  # goes before it
 ) -> str:
     "What the model gets of pixels, in words."
-    return "as bytes, 0 to 255" if found.whole else prepare.words() or Teacher.pixels
+    words = "as bytes, 0 to 255" if found.whole else prepare.words() or Teacher.pixels
+    return words + ", the channels in reverse order" * (getattr(found.model, "reverse", False) is True)
 
 
 def _front(
@@ -260,6 +264,7 @@ def _prepared(
 ) -> Prepare:
     "What the pixels go through first."
     mean, std = found.mean if mean is None else mean, found.std if std is None else std
+    mean, std = ((v,) if isinstance(v, Real) else v for v in (mean, std))      # a number alone is one for all channels
     for name, value in dict(mean=mean, std=std).items():
         if value is not None and len(value) not in (1, shape[0]):
             raise ValueError(f"{name} has {len(value)} numbers, the images have {shape[0]} channels; "
@@ -283,6 +288,7 @@ def _understood(
     _check_columns(answer)
     said = getattr(found.model, "gives", None)
     gives = gives or (said if isinstance(said, str) else None)
+    if gives is None: _check_order(answer, classes)
     if multi_label and gives in (None, "probabilities") and answer.is_floating_point():
         gives = "chances" if (answer >= 0).all() and (answer <= 1).all() else "logits"
     if gives is None and (doubt := _doubt(answer, gives := what_it_gives(answer))):
@@ -304,6 +310,18 @@ def _check_columns(
                      "must be integers, as of answer.long(). Of two classes, return two columns, in a Python file "
                      "(FILE.py:NAME): torch.cat([-z, z], 1) / 2 for a logit z [n, 1], torch.cat([1 - p, p], 1) for a "
                      "probability p [n, 1]")
+
+
+def _check_order(
+    answer: Tensor,  # a first one
+    classes: int | tuple[str, ...] | None,  # as given or found
+) -> None:
+    "Refuse rows of integers that may be one-hot, or the order of two labels."
+    if answer.is_floating_point() or answer.ndim != 2 or answer.shape[1] != how_many(classes): return
+    if not ((answer == 0) | (answer == 1)).all() or (answer.sum(1) != 1).any(): return
+    raise ValueError(f"the teacher answers with integers {answer[:2].tolist()}, a column for each class: if a row "
+                     "marks its class by a 1, return answer.argmax(1), in a Python file (FILE.py:NAME); if it is a "
+                     "list of labels, the likeliest first, say gives='top' (--gives top)")
 
 
 def _doubt(
@@ -340,16 +358,36 @@ def _first_answer(
     device: str | torch.device,  # where it runs
 ) -> Tensor:
     "What it says of two images of noise."
-    images = _first_images(shape).to(device)
-    if hasattr(ask, "ledger"): return ask(images).cpu()
+    images, model = _first_images(shape).to(device), getattr(ask, "ask", ask)  # behind the wall, where there is one
+    before = _kept(model)
+    if hasattr(ask, "ledger"): answer = ask(images)
+    else: answer = _answered(ask, images)
+    if moved := [k for k, v in _kept(model).items() if before.get(k) != v]:
+        warnings.warn(f"a question changes this network ({moved[0].partition('.')[2]}): what it answers may depend on "
+                      "what it was asked before, and after each question it passes for another teacher; save it "
+                      "without what observes or counts", stacklevel=3)
+    return tensor_of(answer).cpu()
+
+
+def _kept(
+    model: nn.Module | Callable,
+) -> dict[str, bytes]:  # by name; nothing for a function
+    "What a network keeps besides its weights."
+    return {k: _bytes(v) for k, v in model.named_buffers()} if isinstance(model, nn.Module) else {}
+
+
+def _answered(
+    ask: nn.Module | Callable,  # the model with its preparation
+    images: Tensor,  # the first ones
+):  # what it returns
+    "Its answer, or an error that says what may be wrong."
     try:
-        with torch.inference_mode(): answer = ask(images)
+        with torch.inference_mode(): return ask(images)
     except (RuntimeError, TypeError, AssertionError, ImportError) as e:
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__  # below TorchScript's traceback
-        raise ValueError(f"the teacher failed on its first two images of shape {tuple(shape)}: {why}; "
+        raise ValueError(f"the teacher failed on its first two images of shape {tuple(images.shape[1:])}: {why}; "
                          "check input_shape (--input-shape)"
                          + ("" if isinstance(ask, nn.Module) else "; a function gets its images on the CPU")) from e
-    return tensor_of(answer).cpu()
 
 
 def _count(

@@ -251,7 +251,8 @@ class BlackBox:
     def _checked(self, answer, n: int) -> np.ndarray:
         "The answer as an array with one row an image."
         out = tensor_of(answer).cpu()
-        out = np.asarray(out.float() if out.dtype == torch.bfloat16 else out)  # which NumPy does not know
+        # NumPy does not know bfloat16; a copy, since what answers may write there again
+        out = np.asarray(out.float() if out.dtype == torch.bfloat16 else out).copy()
         if out.ndim not in (1, 2) or len(out) != n:
             raise ValueError(f"the teacher gave {list(out.shape)} for {n} images; "
                              f"expected [{n}] labels or [{n}, K] scores")
@@ -444,6 +445,9 @@ def behind_ledger(
 ) -> Teacher:  # a black box; `teacher.box` is the wall in front of it
     "The same teacher, its questions counted and its answers kept."
     if teacher.module is None: check_named(teacher._ask, teacher.fingerprint)
+    if teacher.bn == "batch":
+        raise ValueError("a teacher with batch statistics depends on the whole batch; only answers of bn='running' can "
+                         "be kept")
     def ask(x):
         scores = teacher(x)
         return scores.argmax(1) if teacher.gives == "labels" else scores
@@ -468,8 +472,10 @@ def walled(
 
 def labels_only(
     teacher: Teacher,  # any
-) -> Teacher:  # a black box
+) -> Teacher:  # a black box, behind the wall of the other, if it has one
     "The same teacher, saying nothing but the most likely class."
     def ask(x): return teacher(x).argmax(1)
     ask.fingerprint = f"{teacher.fingerprint} labels"
-    return Teacher(ask, teacher.classes, teacher.input_shape, gives="labels", device=teacher.device)
+    out = Teacher(ask, teacher.classes, teacher.input_shape, gives="labels", device=teacher.device)
+    if hasattr(teacher, "box"): out.box = teacher.box
+    return out

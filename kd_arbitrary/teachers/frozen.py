@@ -30,8 +30,9 @@ class _Tracer(fx.Tracer):
 
 def traced(
     model: nn.Module,  # in inference mode
-) -> fx.GraphModule | None:  # sharing its layers; None where what happens depends on the images
+) -> fx.GraphModule | None:  # sharing its layers; None where the images decide what happens, or hooks of the whole
     "The network as a graph of layers."
+    if _hooked(model): return None                                            # which the graph would not have
     try: return fx.GraphModule(model, _Tracer().trace(model))
     except Exception: return None  # tracing runs the network's own code on stand-ins, which may fail in any way
 

@@ -185,11 +185,12 @@ class Logits(nn.Module):
     def __init__(
         self,
         model: nn.Module,  # an image classifier of transformers
+        reverse: bool = False,  # it takes the channels in reverse order: blue, green, red
     ):
         super().__init__()
-        self.model = model
+        self.model, self.reverse = model, reverse
 
-    def forward(self, x: Tensor) -> Tensor: return self.model(pixel_values=x).logits
+    def forward(self, x: Tensor) -> Tensor: return self.model(pixel_values=x.flip(1) if self.reverse else x).logits
 
 
 @contextmanager
@@ -222,6 +223,24 @@ def _classifier(
         raise untrusted(f"{name} has its weights as a pickle only") from e
 
 
+def _of_processor(
+    p: dict,  # what an image processor says of itself
+    side: int | None,  # of images, as the model says
+) -> tuple[tuple[int | None, int | None], tuple[float, ...] | None, tuple[float, ...] | None, tuple[float, float]]:
+    "Height and width, mean, standard deviation, and input range."
+    if "data_config" in p:                                                    # of a network of timm
+        timm = p["data_config"]
+        return tuple(timm["input_size"][-2:]), tuple(timm["mean"]), tuple(timm["std"]), (0.0, 1.0)
+    size = p.get("do_center_crop") and p.get("crop_size") or p.get("size") or {}
+    sides = tuple(size.get(s) or size.get("shortest_edge") or side for s in ("height", "width"))
+    norm, white = p.get("do_normalize"), 255 * p.get("rescale_factor", 1 / 255) if p.get("do_rescale", True) else 255
+    low = -1.0 if p.get("rescale_offset") else 0.0
+    mean, std = (tuple(p["image_mean"]), tuple(p["image_std"])) if norm else (None, None)
+    # EfficientNet's divides by it once more
+    if p.get("include_top"): std = tuple(s * s for s in std) if norm else tuple(p["image_std"])
+    return sides, mean, std, (low, low + white)
+
+
 @ADAPTERS.add
 def hf(
     name: str,  # a folder, or a name of the hub
@@ -232,11 +251,8 @@ def hf(
     model = _classifier(name, options["allow_pickle"])
     try: p = need("transformers", "hf").AutoImageProcessor.from_pretrained(name).to_dict()
     except (OSError, ValueError): p = {}  # a folder without one: size and constants are asked for
-    size = p.get("do_center_crop") and p.get("crop_size") or p.get("size") or {}
-    h, w = (size.get(s) or size.get("shortest_edge") or getattr(model.config, "image_size", None)
-            for s in ("height", "width"))
-    norm, white = p.get("do_normalize"), 255 * p.get("rescale_factor", 1 / 255) if p.get("do_rescale", True) else 255
-    low = -1.0 if p.get("rescale_offset") else 0.0
+    (h, w), mean, std, black_and_white = _of_processor(p, getattr(model.config, "image_size", None))
     labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    return Found(Logits(model), labels, (getattr(model.config, "num_channels", 3), h, w) if h and w else None,
-                 tuple(p["image_mean"]) if norm else None, tuple(p["image_std"]) if norm else None, (low, low + white))
+    reverse = bool(p.get("do_flip_channel_order"))
+    return Found(Logits(model, reverse), labels, (getattr(model.config, "num_channels", 3), h, w) if h and w else None,
+                 mean, std, black_and_white, code="channels in reverse order" * reverse)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/teachers/05_teacher.ipynb #teacher-imports-core
-from ..core import check_images, to_float
-from .training import ASKED
+from ..core import check_images
+from .training import ASKED, received
 
 # %% ../../nbs/teachers/05_teacher.ipynb #teacher-check
 GIVES = ("logits", "probabilities", "labels")
@@ -82,7 +82,7 @@ def check_answer(
             raise ValueError(f"the teacher's labels must be integers from 0 to {k - 1}, "
                              f"got {answer.dtype} {answer[:5].tolist()}")
         return F.one_hot(answer.long(), k).float()
-    answer = answer.float()
+    answer = answer.to(torch.float32, copy=True)                              # what answers may write there again
     if not torch.isfinite(answer).all():
         raise ValueError(f"the teacher returned NaN or infinity for {int((~torch.isfinite(answer)).any(1).sum())} of "
                          f"{n} images; check its input range ([0, 1])")
@@ -193,7 +193,7 @@ class Teacher:
         check_images(images, self.input_shape)
         home, k = images.device, len(self.classes)
         with torch.inference_mode():
-            out = [check_answer(self._answer(to_float(x.to(self.device))), len(x), k, self.gives).to(home)
+            out = [check_answer(self._answer(received(x, self.device)), len(x), k, self.gives).to(home)
                    for x in images.split(batch_size) if len(x)]
         self.queries += len(images)
         return torch.cat(out).clone() if out else torch.empty(0, k)
