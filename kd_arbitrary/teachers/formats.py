@@ -265,7 +265,7 @@ KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(dou
          "tensor(uint8)": np.uint8}  # what an ONNX model may take
 
 
-NAMED = ("logits", "scores", "output")  # what the answer of an ONNX model is called that has others, too
+NAMED = ("logits", "scores", "probabilities", "output")  # what the answer of an ONNX model is called that has others, too
 
 
 def _output(
