@@ -151,6 +151,14 @@ def _zip(
         yield Item(f"{path}/{m.filename}", take)
 
 
+class _Head(tarfile.TarInfo):
+    "The head of a member; where one is damaged or cut, tarfile would say that the archive ends there."
+    @classmethod
+    def fromtarfile(cls, archive):
+        try: return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e: raise tarfile.ReadError(str(e)) from e
+
+
 def _tar(
     path: Path,  # compressed or not; also a shard of WebDataset
     wanted: Callable,  # as for `items`
@@ -158,7 +166,7 @@ def _tar(
     "The pictures of a .tar archive in the order of the archive, which is read once from its beginning to its end."
     name = ""
     try:
-        with tarfile.open(path) as t:
+        with tarfile.open(path, tarinfo=_Head) as t:
             for m in t:
                 name = m.name
                 t.members = []                                                # else it keeps a note of each
@@ -209,7 +217,9 @@ def places(
     except FileNotFoundError:
         if not re.search(r"[*?[{]", text): raise
         tried = [os.path.join(top, part) for part in _braces(os.path.expanduser(text)) for top in ("", data_root(root))]
-        found = [Path(p) for p in sorted({q for p in tried for q in glob.glob(p, recursive=True)})]
+        # by their files: the data root may be the current folder
+        there = {os.path.realpath(q): q for p in reversed(tried) for q in glob.glob(p, recursive=True)}
+        found = [Path(p) for p in sorted(there.values())]
         if not found: raise FileNotFoundError(f"nothing fits the pattern {text!r}") from None
     if len(found) == 1 and found[0].is_dir() and not _is_saved(found[0]): return _shards(found[0]) or found
     return found
@@ -238,6 +248,15 @@ def _braces(
     return ["".join(p) for p in product(*([p] if i % 2 == 0 else choices(p) for i, p in enumerate(pieces)))]
 
 
+def _reader(
+    path: Path,  # a file
+) -> Callable | None:  # `_zip` or `_tar`; None: it is neither
+    "How an archive is read: as .tar where it may be both, since `is_zipfile` is content with a .zip near the end."
+    with open(path, "rb") as f: zipped = f.read(4) in (b"PK\3\4", b"PK\5\6") or _ends(path.name, (".zip",))
+    ways = [(_zip, zipfile.is_zipfile), (_tar, tarfile.is_tarfile)]
+    return next((way for way, fits in (ways if zipped else ways[::-1]) if fits(path)), None)
+
+
 def items(
     path: Path,  # one of `places`
     wanted: Callable[[str], bool] = _every,  # by its name below the place: is it to be opened?
@@ -248,9 +267,11 @@ def items(
         fault = _foreign(path.name)
         if wanted(path.name): yield Item(str(path), _no(fault) if fault else partial(_opened, str(path)))
     else:
-        try: kind = _zip if zipfile.is_zipfile(path) else _tar if tarfile.is_tarfile(path) else None
+        kind, damaged = None, _ends(path.name, ARCHIVES)
+        try: kind = _reader(path)
         except OSError as e: raise ValueError(f"{path} cannot be read: {e.strerror}") from e
-        if kind is None and _ends(path.name, ARCHIVES):
+        except (EOFError, zlib.error, lzma.LZMAError): damaged = True
+        if kind is None and damaged:
             raise ValueError(f"{path} is damaged: no archive can be read from it; was it copied as a whole?")
         if kind is None: raise ValueError(f"{path} is neither a folder nor a .zip or .tar archive")
         yield from kind(path, wanted)
@@ -456,7 +477,8 @@ def _key(
         h.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode(errors="replace"))
     for place in found:
         endings = (".arrow", ".json") if _is_saved(place) else MEANT
-        if not place.is_dir(): add(str(place.absolute()), place)
+        way = "" if _ends(place.name, MEANT) else " 2"                        # how archives are read
+        if not place.is_dir(): add(f"{place.absolute()}{way}", place)
         else:
             for path, _ in _walk(str(place), endings, set()): add(f"{place.absolute()} {path}", path)
     return h.hexdigest()[:24]

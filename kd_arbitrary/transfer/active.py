@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import adapt, generator, progress, to_float
 from ..pictures.sources import Source
 from .balance import STRATEGIES, Work, repeat
-from .collect import DRAWN, Pool, answered
+from .collect import DRAWN, Pool, answered, block_for
 from .quotas import take
 
 # %% ../../nbs/transfer/10_active.ipynb #active-guess
@@ -48,7 +48,8 @@ class Guess:
         "Averages of rectified filter responses, and a one."
         rows = [self._responses(to_float(adapt(x, self.small))) for x in images.split(256)]
         f = torch.cat(rows) if rows else torch.empty(0, 2 * FILTERS * GRID**2)
-        if self.scale is None: self.scale = f.mean(0), f.std(0) + 1e-3                 # of the first images, for good
+        if self.scale is None:  # of the first images, for good; a single one varies by nothing
+            self.scale = f.mean(0), f.std(0, correction=int(len(f) > 1)) + 1e-3
         return torch.cat([(f - self.scale[0]) / self.scale[1], torch.ones(len(f), 1)], 1).double()
 
     def _responses(self, x: Tensor) -> Tensor:
@@ -187,9 +188,10 @@ MOST = DRAWN // CANDIDATES  # questions a round
 def _candidates(
     source: Source,  # where they come from
     seed: int,  # of the draws
+    n: int,  # images in the finished set
 ) -> Iterator:  # send how many, get (images, origins), fewer when the source ends
     "Images of a stream, in portions of any size."
-    stream, parts, wanted = source.stream(seed, DRAWN), [], 0
+    stream, parts, wanted = source.stream(seed, block_for(source, n)), [], 0
     while True:
         while sum(len(x) for x, _ in parts) < wanted and (block := next(stream, None)): parts.append(block)
         if not parts: parts = [(torch.empty(0, *source.shape, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8))]
@@ -234,7 +236,7 @@ def ask_actively(
 ) -> None:
     "Draw freely, ask well."
     source, k, wanted, left, drawn = work.source, len(room), room / room.sum(), limit, 0
-    guess, more = Guess(source.shape, k), _candidates(source, work.settings.seed)
+    guess, more = Guess(source.shape, k), _candidates(source, work.settings.seed, work.n)
     told, work.kept = _Asked(torch.zeros_like(room), torch.ones(k)), Pool(work.n, work.folder)
     next(more)
     bar = progress(None, "asking", limit, work.show)

@@ -423,6 +423,7 @@ def balance(
         _drawn(work)
         complete(work)
     _empty_classes(work)
+    _short_classes(work)
     queries, gradients = ranks.count(teacher.queries - asked), ranks.count(teacher.gradients - stepped)
     start, spent = start - work.blocks.seconds, spent - work.blocks.cpu
     report = _report(work, time.perf_counter() - start, queries, gradients, time.process_time() - spent)
@@ -509,3 +510,16 @@ def _empty_classes(
     if work.settings.empty == "refuse":
         raise ValueError(message + ", or go on without: empty='keep' (--empty keep)")
     warnings.warn(message, stacklevel=4)
+
+
+def _short_classes(
+    work: Work,  # balanced
+) -> None:
+    "Warn when changed images do not make up what a class lacks."
+    short = (work.short > 0) & (work.short < work.want)
+    if not STRATEGIES.facts[work.strategy].get("nudges") or not short.any(): return
+    there = [f"{work.teacher.classes[c]!r} ({int(work.want[c] - work.short[c]):,} of {int(work.want[c]):,})"
+             for c in short.nonzero()[:, 0]]
+    warnings.warn(f"class{'es' * (len(there) > 1)} {', '.join(there[:10])}{' ...' if len(there) > 10 else ''} stay "
+                  f"short, and the set has {len(work.kept):,} images instead of {work.n:,}: too few nudges arrived; "
+                  "try another source, or a smaller n", stacklevel=4)

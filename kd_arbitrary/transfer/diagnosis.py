@@ -312,7 +312,7 @@ def _advice(
     if left < n:
         return (f"The budget allows {left:,.0f} images of {n:,}: take balance='uncertain', which asks about those "
                 "whose class is least sure.")
-    if missing and total < enough(k):
+    if missing and total < enough(k) and (size is None or total < size):
         return (f"{total:,} images are too few to say which of {k:,} classes are rare: look at {enough(k):,} or more "
                 f"(sample={enough(k)}, on the command line --sample {enough(k)}).")
     if missing and teacher.whitebox:
