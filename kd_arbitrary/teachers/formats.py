@@ -265,7 +265,8 @@ KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(dou
          "tensor(uint8)": np.uint8}  # what an ONNX model may take
 
 
-NAMED = ("logits", "scores", "probabilities", "output")  # what the answer of an ONNX model is called that has others, too
+# what the answer of an ONNX model is called that has other outputs, too
+NAMED = ("logits", "scores", "probabilities", "output")
 
 
 def _output(
