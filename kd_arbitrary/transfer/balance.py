@@ -520,6 +520,6 @@ def _short_classes(
     if not STRATEGIES.facts[work.strategy].get("nudges") or not short.any(): return
     there = [f"{work.teacher.classes[c]!r} ({int(work.want[c] - work.short[c]):,} of {int(work.want[c]):,})"
              for c in short.nonzero()[:, 0]]
-    warnings.warn(f"class{'es' * (len(there) > 1)} {', '.join(there[:10])}{' ...' if len(there) > 10 else ''} stay "
-                  f"short, and the set has {len(work.kept):,} images instead of {work.n:,}: too few nudges arrived; "
-                  "try another source, or a smaller n", stacklevel=4)
+    warnings.warn(f"class{'es' * (len(there) > 1)} {', '.join(there[:10])}{' ...' if len(there) > 10 else ''} "
+                  f"stay{'s' * (len(there) == 1)} short, and the set has {len(work.kept):,} images instead of "
+                  f"{work.n:,}: too few nudges arrived; try another source, or a smaller n", stacklevel=4)
