@@ -41,7 +41,7 @@ from kd_arbitrary.studies.own import (
     FASTEST, IMAGES, USUALLY, Job, check_job, check_priced, job_teacher, planned, readable,
 )
 from .studies.records import read_records
-from .studies.report import find_runs, report_data, write_report
+from .studies.report import _word, find_runs, report_data, write_report
 from .studies.execution import claim, locked
 from .studies.runs import GIVEN, SIZES, Run, looped
 from .studies.effects import STUDIED, gained, gained_text
@@ -331,9 +331,8 @@ def _check_acted_on(
     if asked.balance in STRATEGIES.where(as_drawn=True) and not looped(run.source): del said["limit"]  # it bounds `n`
     odd = [k for k, v in usual.items() if said.get(k) not in (None, v, getattr(run, k))]
     if odd:
-        written = (f"--{'no-' * (said[k] is False)}{k.replace('_', '-')}" + f" {said[k]}" * (said[k] is not False)
-                   for k in odd)
-        raise ValueError(f"{', '.join(written)}: no effect with --source {run.source} --balance {run.balance}; leave "
+        written = ", ".join(" ".join(_word(k, said[k])) for k in odd)
+        raise ValueError(f"{written}: no effect with --source {run.source} --balance {run.balance}; leave "
                          "out what has none")
 
 

@@ -27,7 +27,7 @@ from ..pictures.views import make_views
 from .losses import LOSSES
 from ..teachers.frozen import quick
 from ..teachers.teacher import Teacher
-from ..teachers.training import channels_last, check_taught, evaluating, fit, predict, received
+from ..teachers.training import channels_last, check_taught, evaluating, fit, form_of, predict, received
 from ..transfer.balance import memory_needed
 from ..transfer.collect import Blocks, blocks_of, priced
 from ..transfer.sets import TransferSet, identities
@@ -273,8 +273,8 @@ def check_student(
     "Refuse a student that answers for another number of classes, or otherwise while it is taught."
     with evaluating(student), torch.inference_mode(): answer = student(received(images[:1], device))
     if not isinstance(answer, Tensor) or answer.ndim != 2:
-        what = f"scores {list(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-        raise ValueError(f"the student gives {what} for 1 image; expected [1, {len(teacher.classes)}] scores alone")
+        raise ValueError(f"the student gives {form_of(answer)} for 1 image; expected [1, {len(teacher.classes)}] "
+                         "scores alone")
     outputs = answer.shape[1]
     if outputs != len(teacher.classes):
         raise ValueError(f"the student has {outputs} outputs, the teacher {len(teacher.classes)} classes; "
